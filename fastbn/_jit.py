@@ -1,0 +1,90 @@
+"""The only place with Numba flags and the disk cache.
+
+Two kinds of function exist below this line. *Leaves* are small serial loops over contiguous runs, decorated with
+`reduction`, `elementwise` or `exact`; they are compiled into their callers and never cached by themselves.
+*Kernels* are the loops over the block grid that the Python side calls; `kernel` builds each of them twice, serial and
+parallel, from one body, with a disk cache.
+
+Numba keys that cache on the signature, the CPU and the bytecode of the one function, and stamps one source file: a
+leaf edited in another file, other flags, or the serial build in place of the parallel one would load stale machine
+code. So a kernel's ``__qualname__``, which names its cache file, carries the build and a hash of every kernel source
+and of this file.
+"""
+
+import hashlib
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from types import FunctionType
+from typing import Any
+
+from numba import njit, prange
+
+__all__ = ["Kernel", "elementwise", "exact", "kernel", "prange", "reduction"]
+
+# No flag that changes what NaN and Inf mean. `error_model="numpy"`: a division has no branch that raises, which would
+# stop vectorization; `nogil`: other Python threads go on.
+_common: dict[str, Any] = {"error_model": "numpy", "nogil": True}
+
+#: For a loop whose sum may be taken in any order: the lanes of a vector register become partial sums.
+reduction = njit(fastmath={"reassoc", "nsz", "contract"}, **_common)
+#: For a loop without a sum: multiply and add in one rounding, nothing else.
+elementwise = njit(fastmath={"contract"}, **_common)
+#: For merges and everything else whose order of operations is part of the result.
+exact = njit(**_common)
+
+# Only `prange` becomes parallel. Numba would also split, fuse and reorder whole-array expressions.
+_prange_only = {
+    "prange": True,
+    "comprehension": False,
+    "numpy": False,
+    "reduction": False,
+    "setitem": False,
+    "stencil": False,
+    "fusion": False,
+}
+
+
+@cache
+def source_stamp() -> str:
+    """Hash of the sources that decide the machine code: every kernel file and this one."""
+    here = Path(__file__).parent
+    digest = hashlib.sha256()
+    for path in [here / "_jit.py", *sorted((here / "kernels").glob("*.py"))]:
+        digest.update(path.name.encode())
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def _build(body: FunctionType, build: str, **flags: Any) -> Callable[..., Any]:
+    clone = FunctionType(body.__code__, body.__globals__, f"{body.__name__}_{build}_{source_stamp()}")
+    clone.__qualname__ = clone.__name__
+    try:
+        return njit(cache=True, **_common, **flags)(clone)  # type: ignore[no-any-return]
+    except RuntimeError:  # Numba found no folder that it may write to
+        return njit(**_common, **flags)(clone)  # type: ignore[no-any-return]
+
+
+class Kernel:
+    """One loop over the block grid, built serial and parallel; both give the same bits.
+
+    Attributes
+    ----------
+    body : function
+        The plain Python function, for tests and debugging.
+    serial, parallel : callable
+        The two builds. Each compiles on its first call for a dtype.
+    """
+
+    def __init__(self, body: FunctionType) -> None:
+        self.body = body
+        self.serial = _build(body, "serial")
+        self.parallel = _build(body, "parallel", parallel=_prange_only)
+
+    def __repr__(self) -> str:
+        return f"<kernel {self.body.__name__}>"
+
+
+def kernel(body: FunctionType) -> Kernel:
+    """Make a `Kernel` of a function whose only parallel loop is a `prange`."""
+    return Kernel(body)

@@ -1,0 +1,27 @@
+"""The compiled loops: `forward` (statistics and normalization), `backward`, over the tiles of `grid`.
+
+The contract of every kernel:
+
+1. It takes arrays and plain numbers, never None. `x`, `y`, `dy`, `dx` are flat, contiguous and in the memory order of
+   the canonical view (outer, channel, inner); statistics and parameters are float64, packed as rows of one array.
+2. It writes its outputs and nothing else, and allocates nothing larger than a few numbers per channel and tile.
+3. A `prange` body holds index arithmetic and calls to serial leaves, nothing else: the same loop inside the `prange`
+   body ran at half the speed.
+4. Leaves loop as ``for i in range(run.size)`` over 1-d contiguous slices: with runtime bounds LLVM does not vectorize.
+5. Which tile a number falls into depends on the shape alone, and partial sums are added in a fixed order: the bits do
+   not depend on the number of threads, nor on serial or parallel.
+6. Sums start at ``np.float64(0.0)``, so that the plain Python function computes the same.
+
+The submodules load on first use, because they import Numba.
+"""
+
+import importlib
+from types import ModuleType
+
+__all__ = ["backward", "forward", "grid"]
+
+
+def __getattr__(name: str) -> ModuleType:
+    if name in __all__:
+        return importlib.import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,277 @@
+"""Gradients over the tiles: one kernel for long inner runs, one for short ones.
+
+With xhat = (x - mean) * invstd and sums over the n values of a channel (Ioffe & Szegedy 2015, section 3, with the two
+terms of the mean and the variance written out):
+
+    dbeta  = sum(dy)
+    dgamma = sum(dy * xhat)
+    dx     = gamma * invstd * (dy - dbeta / n - xhat * dgamma / n)
+
+and with the statistics held fixed (`frozen`) dx = gamma * invstd * dy. `point` holds, per channel, the rows centre,
+slope and scale: xhat = (x - centre) * slope and scale = gamma * invstd. `grads` receives the rows dgamma and dbeta.
+
+Memory traffic: fused tiles read dy and x once and write dx once, and so does the frozen backward. Split tiles read dy
+and x twice, the second time from the end. dx may be dy.
+"""
+
+import numpy as np
+
+from .._jit import elementwise, exact, kernel, prange, reduction
+from .forward import FUSED, SUMS, WRITE, gather, spread
+from .leaves import normalize_row, normalize_run
+
+FROZEN = 3  # sums and dx of a tile at once: dx does not wait for the sums
+
+
+# ------------------------------------------------------------------------------------------------------------- leaves
+
+
+@reduction
+def run_products(dy, x, centre):
+    """sum(dy) and sum(dy * (x - centre)) of one contiguous run."""
+    s = np.float64(0.0)
+    q = np.float64(0.0)
+    for i in range(dy.size):
+        g = np.float64(dy[i])
+        s += g
+        q += g * (x[i] - centre)
+    return s, q
+
+
+@elementwise
+def row_products(dy, x, centre, s, q):
+    """Add one row to the column sums."""
+    for j in range(centre.size):
+        g = np.float64(dy[j])
+        s[j] += g
+        q[j] += g * (x[j] - centre[j])
+
+
+@elementwise
+def two_row_products(dya, dyb, xa, xb, centre, s, q):
+    """Add two rows in one sweep over s and q."""
+    for j in range(centre.size):
+        ga = np.float64(dya[j])
+        gb = np.float64(dyb[j])
+        s[j] += ga + gb
+        q[j] += ga * (xa[j] - centre[j]) + gb * (xb[j] - centre[j])
+
+
+@elementwise
+def dx_run(dy, x, dx, scale, slope, centre, shift):
+    """dx = scale * dy + slope * (x - centre) + shift over one contiguous run."""
+    for i in range(dy.size):
+        dx[i] = scale * dy[i] + (slope * (x[i] - centre) + shift)
+
+
+@elementwise
+def dx_row(dy, x, dx, scale, slope, centre, shift):
+    """The same over one row, with a coefficient per column."""
+    for j in range(dy.size):
+        dx[j] = scale[j] * dy[j] + (slope[j] * (x[j] - centre[j]) + shift[j])
+
+
+# ------------------------------------------------------------------------------------------------ parts of both kernels
+
+
+@exact
+def finish_sums(part, point, grads, first):
+    """dgamma and dbeta of the channels from `first` on, from partial sums (tiles, 2, channels) added in that order."""
+    for c in range(part.shape[2]):
+        s = np.float64(0.0)
+        q = np.float64(0.0)
+        for t in range(part.shape[0]):
+            s += part[t, 0, c]
+            q += part[t, 1, c]
+        grads[0, first + c] = q * point[1, first + c]
+        grads[1, first + c] = s
+
+
+@exact
+def dx_coefficients(point, grads, count, first, k):
+    """k (4, channels) = scale, slope, centre, shift of dx = scale * dy + slope * (x - centre) + shift, in dx's dtype.
+
+    As in `affine`, what rounding the centre loses goes into shift.
+    """
+    for i in range(k.shape[1]):
+        c = first + i
+        slope = -point[2, c] * point[1, c] * (grads[0, c] / count)
+        k[0, i] = point[2, c]
+        k[1, i] = slope
+        k[2, i] = point[0, c]
+        k[3, i] = slope * (k[2, i] - point[0, c]) - point[2, c] * (grads[1, c] / count)
+
+
+# ------------------------------------------------------------------------------------------------------------ long runs
+
+
+@exact
+def fused_channel(c, dy, x, dx, point, count, grads, outer, channels, inner, segment):
+    """All of one channel: its sums, and while dy and x are in the cache, its dx."""
+    start = c * inner
+    stride = channels * inner
+    part = np.zeros((1, 2, 1))
+    for n in range(outer):
+        i = start + n * stride
+        for low in range(i, i + inner, segment):
+            high = min(low + segment, i + inner)
+            s, q = run_products(dy[low:high], x[low:high], point[0, c])
+            part[0, 0, 0] += s
+            part[0, 1, 0] += q
+    finish_sums(part, point, grads, c)
+    k = np.empty((4, 1), dx.dtype)
+    dx_coefficients(point, grads, count, c, k)
+    for n in range(outer):
+        i = start + n * stride
+        j = i + inner
+        dx_run(dy[i:j], x[i:j], dx[i:j], k[0, 0], k[1, 0], k[2, 0], k[3, 0])
+
+
+@exact
+def segments_tile(phase, t, dy, x, dx, part, point, k, channels, inner, segment, per_tile):
+    """A few consecutive segments of runs: their partial sums, their dx, or both."""
+    per_run = -(-inner // segment)
+    for i in range(t * per_tile, min((t + 1) * per_tile, dy.size // inner * per_run)):
+        run, j = i // per_run, i % per_run
+        n, c = run // channels, run % channels
+        low = run * inner + j * segment
+        high = min(low + segment, (run + 1) * inner)
+        if phase != WRITE:
+            s, q = run_products(dy[low:high], x[low:high], point[0, c])
+            part[n * per_run + j, 0, c] = s
+            part[n * per_run + j, 1, c] = q
+        if phase == FROZEN:
+            zero = k[0, c] - k[0, c]
+            normalize_run(dy[low:high], dx[low:high], zero, k[0, c], zero)
+        elif phase == WRITE:
+            dx_run(dy[low:high], x[low:high], dx[low:high], k[0, c], k[1, c], k[2, c], k[3, c])
+
+
+@kernel
+def backward_runs(dy, x, dx, point, count, grads, frozen, sizes):
+    """Long inner runs. `sizes` is that of `grid`; a frozen backward takes the split one."""
+    outer, channels, inner, segment, fused, per_tile, tiles = sizes
+    phase = FUSED if fused else FROZEN if frozen else SUMS
+    part = np.empty((0 if fused else outer * -(-inner // segment), 2, channels))
+    k = np.empty((4, channels), dx.dtype)
+    if frozen:
+        for c in range(channels):
+            k[0, c] = point[2, c]
+    while True:
+        for t in prange(tiles):
+            if phase == FUSED:
+                fused_channel(np.intp(t), dy, x, dx, point, count, grads, outer, channels, inner, segment)
+            else:
+                segments_tile(
+                    phase, tiles - 1 - np.intp(t) if phase == WRITE else np.intp(t), dy, x, dx, part, point, k,
+                    channels, inner, segment, per_tile,
+                )  # fmt: skip
+        if phase == FUSED or phase == WRITE:
+            break
+        finish_sums(part, point, grads, 0)
+        if phase == FROZEN:
+            break
+        dx_coefficients(point, grads, count, 0, k)
+        phase = WRITE
+
+
+# ----------------------------------------------------------------------------------------------------------- short runs
+
+
+@exact
+def block_products(dy, x, start, rows, stride, centre, s, q):
+    """Set the column sums s and q over `rows` rows, `stride` elements apart, from element `start` on."""
+    s[:] = 0.0
+    q[:] = 0.0
+    w = centre.size
+    swept = rows // 2 * 2
+    for r in range(0, swept, 2):
+        i = start + r * stride
+        j = i + stride
+        two_row_products(dy[i : i + w], dy[j : j + w], x[i : i + w], x[j : j + w], centre, s, q)
+    for r in range(swept, rows):
+        i = start + r * stride
+        row_products(dy[i : i + w], x[i : i + w], centre, s, q)
+
+
+@exact
+def strip_products(dy, x, start, rows, stride, rest, inner, centre, part, b, first, columns):
+    """Set part[b, :, first ...] to the sums of `rows` rows of a strip, and of `rest` elements of one row more."""
+    sums = part[b, 0, first : first + centre.size]
+    products = part[b, 1, first : first + centre.size]
+    sums[:] = 0.0
+    products[:] = 0.0
+    spread(centre, inner, columns[0])
+    block_products(dy, x, start, rows, stride, columns[0], columns[1], columns[2])
+    gather(columns[1], inner, sums)
+    gather(columns[2], inner, products)
+    if rest > 0:
+        end = start + rows * stride
+        block_products(dy, x, end, 1, stride, columns[0, :rest], columns[1, :rest], columns[2, :rest])
+        gather(columns[1, :rest], inner, sums)
+        gather(columns[2, :rest], inner, products)
+
+
+@exact
+def strip_dx(dy, x, dx, start, rows, stride, rest, frozen, k):
+    """dx of a strip, with the coefficients `k` (4, columns)."""
+    for r in range(rows + (rest > 0)):
+        i = start + r * stride
+        w = k.shape[1] if r < rows else rest
+        j = i + w
+        if frozen:  # centre and shift are 0
+            normalize_row(dy[i:j], dx[i:j], k[2, :w], k[0, :w], k[3, :w])
+        else:
+            dx_row(dy[i:j], x[i:j], dx[i:j], k[0, :w], k[1, :w], k[2, :w], k[3, :w])
+
+
+@exact
+def rows_tile(phase, t, dy, x, dx, point, count, grads, part, sizes):
+    """A block of rows of a strip of channels: its partial sums, its dx, or all there is to do with it."""
+    total, width, channels, inner, block, blocks, panel, panels, _ = sizes
+    b, first = t // panels, t % panels * panel
+    last = min(first + panel, channels)
+    full = total // width
+    rows = min(block, full - b * block)
+    rest = total - full * width if b == blocks - 1 else 0
+    start = b * block * width + first * inner
+    w = width if panels == 1 else (last - first) * inner
+    columns = np.empty((3, w))
+    centre = point[0, first:last]
+    if phase == FUSED:
+        own = np.empty((1, 2, last - first))
+        strip_products(dy, x, start, rows, width, rest, inner, centre, own, 0, 0, columns)
+        finish_sums(own, point, grads, first)
+    elif phase != WRITE:
+        strip_products(dy, x, start, rows, width, rest, inner, centre, part, b, first, columns)
+    if phase != SUMS:
+        k = np.zeros((4, last - first), dx.dtype)
+        if phase == FROZEN:
+            k[0] = point[2, first:last]
+        else:
+            dx_coefficients(point, grads, count, first, k)
+        spread_k = np.empty((4, w), dx.dtype)
+        for i in range(4):
+            spread(k[i], inner, spread_k[i])
+        strip_dx(dy, x, dx, start, rows, width, rest, phase == FROZEN, spread_k)
+
+
+@kernel
+def backward_rows(dy, x, dx, point, count, grads, frozen, sizes):
+    """Short inner runs. `sizes` is that of `grid`; a frozen backward takes the split one."""
+    total, width, channels, inner, block, blocks, panel, panels, fused = sizes
+    phase = FUSED if fused else FROZEN if frozen else SUMS
+    part = np.empty((0 if fused else blocks, 2, channels))
+    tiles = blocks * panels
+    while True:
+        for t in prange(tiles):
+            rows_tile(
+                phase, tiles - 1 - np.intp(t) if phase == WRITE else np.intp(t), dy, x, dx, point, count, grads,
+                part, sizes,
+            )  # fmt: skip
+        if phase == FUSED or phase == WRITE:
+            break
+        finish_sums(part, point, grads, 0)
+        if phase == FROZEN:
+            break
+        phase = WRITE

@@ -1,0 +1,89 @@
+"""How the canonical view (outer, channel, inner) is cut into tiles: from the shape alone, so that bits never depend on
+threads.
+
+Two kinds of kernel serve every layout. The inner run of one sample and channel is
+
+- long: the *runs* kernels reduce along it, one channel at a time (NCHW images);
+- short or 1: the *rows* kernels add rows of many channels elementwise (NHWC, (N, D), small images), where an inner run
+  of 49 is 49 pseudo-channels to be added up.
+
+Either way a tile is *fused* (it holds all values of its channels: statistics, then normalization while it is still in
+the cache; the tensor is read from memory once) or *split* (statistics of all tiles first, then a second pass).
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+RUN = 128
+"""An inner run of at least this many elements is reduced along itself."""
+
+FUSED_RUNS_BYTES = 1 << 21
+"""The largest slab (all values of one channel) that is expected to stay in the cache between two passes."""
+
+FUSED_ROWS_BYTES = 1 << 19
+"""The same for a strip of columns, whose rows lie apart in memory."""
+
+SEGMENT = 1 << 13
+"""Elements of a run that are summed by themselves: bounds the rounding error, and the work of one split tile."""
+
+TILE_BYTES = 1 << 18
+"""Memory that one split tile covers."""
+
+STRIP = 1024
+"""Columns of a strip: three float64 accumulators of this length fit the first-level cache."""
+
+FOLD = 256
+"""Rows shorter than this are folded, several into one long row."""
+
+
+class Grid(NamedTuple):
+    """The tiles of one array: `runs` names the kernel, `sizes` is what the kernel unpacks."""
+
+    runs: bool
+    fused: bool
+    tiles: int
+    sizes: npt.NDArray[np.int64]
+
+
+def _ceil(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def fused_grid(outer: int, channels: int, inner: int, itemsize: int) -> Grid | None:
+    """Tiles that hold whole channels, or None where they would not stay in the cache or be too few."""
+    if inner >= RUN:
+        if outer * inner * itemsize > FUSED_RUNS_BYTES or channels < min(8, outer * _ceil(inner, SEGMENT)):
+            return None
+        return Grid(True, True, channels, np.array([outer, channels, inner, SEGMENT, 1, 1, channels], np.int64))
+    # Not narrower than one cache line's worth of columns per 256 elements, and at least 8 strips if they allow it.
+    width = min(STRIP, max(256, _ceil(channels * inner, 8)))
+    panel = min(channels, max(1, width // inner))
+    if outer * panel * inner * itemsize > FUSED_ROWS_BYTES:
+        return None
+    panels = _ceil(channels, panel)
+    total, row = outer * channels * inner, channels * inner
+    return Grid(False, True, panels, np.array([total, row, channels, inner, outer, 1, panel, panels, 1], np.int64))
+
+
+def split_grid(outer: int, channels: int, inner: int, itemsize: int) -> Grid:
+    """Tiles of a few hundred KB each, for statistics and normalization in two passes, or for inference."""
+    if inner >= RUN:
+        segments = outer * channels * _ceil(inner, SEGMENT)
+        per_tile = max(1, TILE_BYTES // (min(inner, SEGMENT) * itemsize))
+        tiles = _ceil(segments, per_tile)
+        return Grid(True, False, tiles, np.array([outer, channels, inner, SEGMENT, 0, per_tile, tiles], np.int64))
+    row = channels * inner
+    fold = max(1, FOLD // row)
+    fold = min(fold // 8 * 8 or fold, outer)  # whole vectors where rows are very short
+    panel = channels if row <= 2 * STRIP else max(1, STRIP // inner)
+    panels = _ceil(channels, panel)
+    rows = _ceil(outer, fold)
+    width = row * fold
+    # A partial result takes 16 bytes per column and block: at least 64 rows keep that small beside the block itself.
+    block = max(64, TILE_BYTES // (min(width, panel * inner * fold) * itemsize))
+    blocks = _ceil(rows, block)
+    total = outer * row
+    sizes = [total, width, channels, inner, block, blocks, panel, panels, 0]
+    return Grid(False, False, blocks * panels, np.array(sizes, np.int64))

@@ -1,0 +1,127 @@
+"""The innermost loops of the forward kernels: sums of one contiguous run or of one block of rows, and x to y.
+
+Statistics are shifted sums. With a pivot p near the mean of a channel,
+
+    s = sum(x - p)        q = sum((x - p)**2)
+    mean = p + s / n      m2 = q - s**2 / n
+
+in float64, which is exact to float64 as long as (mean - p)**2 is not large beside the variance; `settle` checks that,
+and asks for a second pass with the mean as the pivot where it fails. (Chan, Golub, LeVeque 1983, "Algorithms for
+computing the sample variance", section 3, the shifted two-pass family.)
+"""
+
+import numpy as np
+
+from .._jit import elementwise, exact, reduction
+
+# Past this share of q, s**2 / n has cancelled three bits of m2.
+CANCELLED = 0.875
+
+
+@reduction
+def run_sums(run, pivot):
+    """s and q of one contiguous run. float32: 33 GB/s a core from L2."""
+    s = np.float64(0.0)
+    q = np.float64(0.0)
+    for i in range(run.size):
+        d = run[i] - pivot
+        s += d
+        q += d * d
+    return s, q
+
+
+@elementwise
+def row_sums(row, pivot, s, q):
+    """Add one row to the column sums s and q."""
+    for j in range(pivot.size):
+        d = row[j] - pivot[j]
+        s[j] += d
+        q[j] += d * d
+
+
+@elementwise
+def four_row_sums(a, b, c, d, pivot, s, q):
+    """Add four rows in one sweep over s and q: a quarter of their loads and stores (1.2 times `row_sums`)."""
+    for j in range(pivot.size):
+        da = a[j] - pivot[j]
+        db = b[j] - pivot[j]
+        dc = c[j] - pivot[j]
+        dd = d[j] - pivot[j]
+        s[j] += (da + db) + (dc + dd)
+        q[j] += (da * da + db * db) + (dc * dc + dd * dd)
+
+
+@exact
+def block_sums(x, start, rows, stride, pivot, s, q):
+    """Set the column sums s and q over `rows` rows, `stride` elements apart, from x[start] on."""
+    s[:] = 0.0
+    q[:] = 0.0
+    w = pivot.size
+    swept = rows // 4 * 4
+    for r in range(0, swept, 4):
+        i = start + r * stride
+        j = i + stride
+        k = j + stride
+        m = k + stride
+        four_row_sums(x[i : i + w], x[j : j + w], x[k : k + w], x[m : m + w], pivot, s, q)
+    for r in range(swept, rows):
+        i = start + r * stride
+        row_sums(x[i : i + w], pivot, s, q)
+
+
+@exact
+def settle(part, pivot, count, stats, first, final):
+    """Mean and m2 of the channels from `first` on, from partial sums (tiles, 2, channels) added in that order.
+
+    Returns True when done. False: some pivots were too far from the mean; they have been replaced, sum again. Pivots
+    that were good stay, so that one wild channel does not move the bits of the others.
+    """
+    done = True
+    for c in range(pivot.size):
+        s = np.float64(0.0)
+        q = np.float64(0.0)
+        for t in range(part.shape[0]):
+            s += part[t, 0, c]
+            q += part[t, 1, c]
+        mean = pivot[c] + s / count
+        stats[0, first + c] = mean
+        m2 = q - s * (s / count)
+        stats[1, first + c] = max(m2, np.float64(0.0)) if m2 == m2 else m2
+        if not s * (s / count) <= CANCELLED * q and not final:  # also true for NaN
+            done = False
+            pivot[c] = mean if np.isfinite(mean) else np.float64(0.0)
+    return done
+
+
+@exact
+def inverse_std(var, eps):
+    """1 / sqrt(var + eps); 0 where that is infinite, so that a constant channel gives exactly beta."""
+    v = var + eps
+    return np.float64(0.0) if v == 0.0 else 1.0 / np.sqrt(v)
+
+
+@exact
+def affine(mean, invstd, gamma, beta, coefficients, c):
+    """Column c of `coefficients` = (centre, scale, shift) of y = (x - centre) * scale + shift, in y's dtype.
+
+    centre is the mean, rounded; what the rounding lost goes into shift. x - centre is exact where x is near the mean,
+    so no digit is lost for |mean| >> std, as it would be in x * scale + shift.
+    """
+    scale = gamma * invstd
+    coefficients[0, c] = mean
+    coefficients[1, c] = scale
+    coefficients[2, c] = beta + (coefficients[0, c] - mean) * scale
+
+
+@elementwise
+def normalize_run(x, y, centre, scale, shift):
+    """y = (x - centre) * scale + shift over one contiguous run."""
+    for i in range(x.size):
+        y[i] = (x[i] - centre) * scale + shift
+
+
+@elementwise
+def normalize_row(x, y, centre, scale, shift):
+    """The same over one row, with a coefficient per column."""
+    for j in range(x.size):
+        y[j] = (x[j] - centre[j]) * scale[j] + shift[j]

@@ -56,8 +56,12 @@ def source_stamp() -> str:
     return digest.hexdigest()[:12]
 
 
-def _build(body: FunctionType, build: str, **flags: Any) -> Callable[..., Any]:
-    clone = FunctionType(body.__code__, body.__globals__, f"{body.__name__}_{build}_{source_stamp()}")
+def _build(body: Callable[..., Any], build: str, **flags: Any) -> Callable[..., Any]:
+    clone = FunctionType(
+        body.__code__,
+        body.__globals__,
+        f"{body.__name__}_{build}_{source_stamp()}",
+    )
     clone.__qualname__ = clone.__name__
     try:
         return njit(cache=True, **_common, **flags)(clone)  # type: ignore[no-any-return]
@@ -76,7 +80,7 @@ class Kernel:
         The two builds. Each compiles on its first call for a dtype.
     """
 
-    def __init__(self, body: FunctionType) -> None:
+    def __init__(self, body: Callable[..., Any]) -> None:
         self.body = body
         self.serial = _build(body, "serial")
         self.parallel = _build(body, "parallel", parallel=_prange_only)
@@ -85,6 +89,14 @@ class Kernel:
         return f"<kernel {self.body.__name__}>"
 
 
-def kernel(body: FunctionType) -> Kernel:
+def kernel(body: Callable[..., Any]) -> Kernel:
     """Make a `Kernel` of a function whose only parallel loop is a `prange`."""
     return Kernel(body)
+
+
+def cache_folder() -> str | None:
+    """The folder of the disk cache, or None if none is writable."""
+    from .kernels import forward
+
+    stats = getattr(forward.forward_runs.serial, "stats", None)
+    return getattr(stats, "cache_path", None)

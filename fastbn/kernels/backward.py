@@ -141,8 +141,7 @@ def segments_tile(phase, t, dy, x, dx, part, point, k, channels, inner, segment,
             part[n * per_run + j, 0, c] = s
             part[n * per_run + j, 1, c] = q
         if phase == FROZEN:
-            zero = k[0, c] - k[0, c]
-            normalize_run(dy[low:high], dx[low:high], zero, k[0, c], zero)
+            normalize_run(dy[low:high], dx[low:high], k[2, c], k[0, c], k[3, c])  # centre and shift are 0
         elif phase == WRITE:
             dx_run(dy[low:high], x[low:high], dx[low:high], k[0, c], k[1, c], k[2, c], k[3, c])
 
@@ -153,10 +152,9 @@ def backward_runs(dy, x, dx, point, count, grads, frozen, sizes):
     outer, channels, inner, segment, fused, per_tile, tiles = sizes
     phase = FUSED if fused else FROZEN if frozen else SUMS
     part = np.empty((0 if fused else outer * -(-inner // segment), 2, channels))
-    k = np.empty((4, channels), dx.dtype)
-    if frozen:
-        for c in range(channels):
-            k[0, c] = point[2, c]
+    k = np.zeros((4, channels), dx.dtype)
+    if phase == FROZEN:
+        k[0] = point[2]
     while True:
         for t in prange(tiles):
             if phase == FUSED:
@@ -259,7 +257,7 @@ def rows_tile(phase, t, dy, x, dx, point, count, grads, part, sizes):
 @kernel
 def backward_rows(dy, x, dx, point, count, grads, frozen, sizes):
     """Short inner runs. `sizes` is that of `grid`; a frozen backward takes the split one."""
-    total, width, channels, inner, block, blocks, panel, panels, fused = sizes
+    _, _, channels, _, _, blocks, _, panels, fused = sizes
     phase = FUSED if fused else FROZEN if frozen else SUMS
     part = np.empty((0 if fused else blocks, 2, channels))
     tiles = blocks * panels

@@ -235,7 +235,7 @@ def rows_tile(phase, t, x, y, stats, params, eps, count, measure, write, part, p
 @kernel
 def forward_rows(x, y, stats, params, eps, count, measure, write, sizes):
     """Short inner runs. `sizes` is that of `grid`."""
-    total, width, channels, inner, block, blocks, panel, panels, fused = sizes
+    total, _, channels, inner, _, blocks, _, panels, fused = sizes
     phase = FUSED if fused else SUMS if measure else WRITE
     pivot = np.empty(channels)
     part = np.empty((blocks if phase == SUMS else 0, 2, channels))

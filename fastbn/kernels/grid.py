@@ -1,7 +1,7 @@
-"""How the canonical view (outer, channel, inner) is cut into tiles: from the shape alone, so that bits never depend on
-threads.
+"""How the canonical view (outer, channel, inner) is cut into tiles.
 
-Two kinds of kernel serve every layout. The inner run of one sample and channel is
+The shape alone decides, so that bits never depend on threads. Two kinds of kernel serve every layout: the inner run of
+one sample and channel is
 
 - long: the *runs* kernels reduce along it, one channel at a time (NCHW images);
 - short or 1: the *rows* kernels add rows of many channels elementwise (NHWC, (N, D), small images), where an inner run

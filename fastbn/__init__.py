@@ -1,0 +1,23 @@
+"""Batch normalization of NumPy arrays on CPUs, at about the cost of a copy. Importing it compiles nothing."""
+
+from ._config import show_config, warmup
+from ._threads import get_num_threads, set_num_threads
+from .functional import Saved, batch_norm, batch_norm_backward, batch_norm_train
+from .layer import BatchNorm
+from .moments import Moments, moments, update_running
+
+__version__ = "0.1.0"
+__all__ = [
+    "BatchNorm",
+    "Moments",
+    "Saved",
+    "batch_norm",
+    "batch_norm_backward",
+    "batch_norm_train",
+    "get_num_threads",
+    "moments",
+    "set_num_threads",
+    "show_config",
+    "update_running",
+    "warmup",
+]

@@ -1,0 +1,274 @@
+"""Every argument check and error message.
+
+A message names the function, the argument, what it is and what was expected. Checks come before any write.
+"""
+
+import operator
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ._layout import Layout
+
+Array = npt.NDArray[Any]
+FLOAT32, FLOAT64 = np.dtype(np.float32), np.dtype(np.float64)
+
+
+def array(fn: str, name: str, value: Any) -> Array:
+    """`value` as a plain array of a dtype that can be normalized: float32, float64, integers, booleans."""
+    if isinstance(value, np.ma.MaskedArray):
+        raise TypeError(f"{fn}: {name} is a masked array, whose mask would be ignored; expected a plain array")
+    try:
+        a = np.asarray(value)
+    except ValueError as error:  # ragged
+        raise ValueError(f"{fn}: {name} cannot be made an array: {error}") from None
+    except TypeError as error:
+        raise TypeError(f"{fn}: {name} cannot be made an array: {error}") from None
+    if not _supported(a.dtype):
+        raise TypeError(f"{fn}: {name} has dtype {a.dtype}, expected float32, float64, an integer dtype or bool")
+    return a
+
+
+def _supported(d: np.dtype[Any]) -> bool:
+    return d.kind in "biu" or (d.kind == "f" and d.itemsize in (4, 8))
+
+
+def dtype(fn: str, value: Any) -> np.dtype[Any]:
+    """A dtype that can be normalized."""
+    d: np.dtype[Any] | None
+    try:
+        d = np.dtype(value)
+    except TypeError:
+        d = None
+    if d is None or not _supported(d):
+        raise TypeError(f"{fn}: dtype is {value!r}, expected float32, float64, an integer dtype or bool")
+    return d
+
+
+def result_dtype(x: Array) -> np.dtype[Any]:
+    """The dtype of y: that of a floating x, else float32."""
+    return FLOAT64 if x.dtype.kind == "f" and x.dtype.itemsize == 8 else FLOAT32
+
+
+def axes(fn: str, axis: Any, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The channel axes, ascending and not negative."""
+    given = tuple(axis) if isinstance(axis, (tuple, list)) else (axis,)
+    found = []
+    for a in given:
+        if isinstance(a, (bool, np.bool_)):
+            raise TypeError(f"{fn}: axis is {axis!r}, expected an int or a tuple of ints")
+        try:
+            i = operator.index(a)
+        except TypeError:
+            raise TypeError(f"{fn}: axis is {axis!r}, expected an int or a tuple of ints") from None
+        if not -len(shape) <= i < len(shape):
+            raise ValueError(
+                f"{fn}: axis {i} is out of range for x of shape {shape}; the channel axis is axis={axis!r}"
+            )
+        found.append(i % len(shape))
+    if len(set(found)) < len(found):
+        raise ValueError(f"{fn}: axis={axis!r} names an axis of x of shape {shape} twice")
+    return tuple(sorted(found))
+
+
+def number(fn: str, name: str, value: Any, low: float, high: float | None = None) -> float:
+    """A finite real number from `low` to `high`."""
+    expected = f"a number from {low:g} to {high:g}" if high is not None else f"a finite number of at least {low:g}"
+    if isinstance(value, (str, bytes, complex, np.complexfloating)):
+        raise TypeError(f"{fn}: {name} is {value!r}, expected {expected}")
+    try:
+        v = float(value)
+    except (TypeError, ValueError):
+        raise TypeError(f"{fn}: {name} is {value!r}, expected {expected}") from None
+    if not (low <= v <= high if high is not None else low <= v < float("inf")):
+        raise ValueError(f"{fn}: {name} is {value!r}, expected {expected}")
+    return v
+
+
+def eps(fn: str, value: Any) -> float:
+    """eps: a finite number, 0 or more."""
+    return number(fn, "eps", value, 0.0)
+
+
+def correction(fn: str, value: Any) -> int:
+    """correction: 0 or 1."""
+    if isinstance(value, (bool, str)) or value not in (0, 1):
+        raise ValueError(f"{fn}: correction is {value!r}, expected 0 (divide by n) or 1 (divide by n - 1)")
+    return int(value)
+
+
+def parameter(fn: str, name: str, value: Any, shape: tuple[int, ...], of: str) -> Array:
+    """A parameter or statistic of `shape`, or a scalar for all channels. `of` says what the shape comes from."""
+    a = array(fn, name, value)
+    if a.shape != shape and a.ndim:
+        raise ValueError(f"{fn}: {name} has shape {a.shape}, expected {shape}{of}")
+    return a
+
+
+def channels_of(x: Array, axis: Any) -> str:
+    """Where the shape of a parameter comes from, for its error message."""
+    return f", the channels of x; x has shape {x.shape}, axis={axis!r}"
+
+
+def variance(fn: str, name: str, value: Any, shape: tuple[int, ...], of: str) -> Array:
+    """A variance: as `parameter`, and nowhere negative."""
+    a = parameter(fn, name, value, shape, of)
+    if np.any(a < 0):
+        where = np.unravel_index(int(np.argmax(a < 0)), a.shape)
+        at = f" at {tuple(int(i) for i in where)}" if a.ndim else ""
+        raise ValueError(f"{fn}: {name} is {a[where]}{at}, expected no negative variance")
+    return a
+
+
+def more_than_one(fn: str, lay: Layout, x: Array, axis: Any) -> None:
+    """Training needs two values per channel: of one, the variance is 0 and y is beta whatever x is."""
+    if lay.per_channel == 1 and lay.size:
+        raise ValueError(
+            f"{fn}: x has one value per channel, expected at least two in training; x has shape {x.shape}, axis={axis!r}"
+        )
+
+
+def out(
+    fn: str, value: Any, shape: tuple[int, ...], expected: np.dtype[Any], same: Array, reads: dict[str, Array]
+) -> None:
+    """The caller's output array: right shape and dtype, writable, and sharing memory with nothing but `same` itself.
+
+    `same` is the input that may be overwritten in place; `reads` are all arrays that the call reads.
+    """
+    if not isinstance(value, np.ndarray):
+        raise TypeError(f"{fn}: out is of type {type(value).__name__}, expected a NumPy array")
+    if isinstance(value, np.ma.MaskedArray):
+        raise TypeError(f"{fn}: out is a masked array, expected a plain array")
+    if value.shape != shape:
+        raise ValueError(f"{fn}: out has shape {value.shape}, expected {shape}")
+    if value.dtype != expected:
+        raise TypeError(f"{fn}: out has dtype {value.dtype}, expected {expected}")
+    if not value.flags.writeable:
+        raise ValueError(f"{fn}: out is read-only, expected a writable array")
+    if any(s == 0 and n > 1 for s, n in zip(value.strides, value.shape, strict=True)):
+        raise ValueError(f"{fn}: out has strides {value.strides}: its elements overlap, expected distinct ones")
+    for name, a in reads.items():
+        if a is same and _identical(value, a):
+            continue
+        if _overlap(value, a):
+            raise ValueError(f"{fn}: out shares memory with {name} without being the same array; expected no overlap")
+
+
+def _identical(a: Array, b: Array) -> bool:
+    """Whether a and b are one array: element i of the one is element i of the other."""
+    here, there = a.__array_interface__, b.__array_interface__
+    return here["data"][0] == there["data"][0] and a.strides == b.strides and a.dtype == b.dtype
+
+
+def _overlap(a: Array, b: Array) -> bool:
+    if not np.may_share_memory(a, b):
+        return False
+    try:
+        return np.shares_memory(a, b, max_work=100_000)  # type: ignore[arg-type]
+    except np.exceptions.TooHardError:
+        return True
+
+
+def gradient(fn: str, value: Any, shape: tuple[int, ...]) -> Array:
+    """dy: the shape of y, floating."""
+    dy = array(fn, "dy", value)
+    if dy.dtype.kind != "f":
+        raise TypeError(f"{fn}: dy has dtype {dy.dtype}, expected float32 or float64")
+    if dy.shape != shape:
+        raise ValueError(f"{fn}: dy has shape {dy.shape}, expected {shape}, the shape of x")
+    return dy
+
+
+def statistic(fn: str, name: str, value: Any, shape: tuple[int, ...]) -> Array:
+    """A running statistic that is updated in place: a writable float32 or float64 array of `shape`."""
+    if not isinstance(value, np.ndarray):
+        raise TypeError(f"{fn}: {name} is of type {type(value).__name__}, expected a NumPy array (updated in place)")
+    if value.dtype not in (FLOAT32, FLOAT64):
+        raise TypeError(f"{fn}: {name} has dtype {value.dtype}, expected float32 or float64")
+    if value.shape != shape:
+        raise ValueError(f"{fn}: {name} has shape {value.shape}, expected {shape}, the shape of the moments")
+    if not value.flags.writeable:
+        raise ValueError(f"{fn}: {name} is read-only, expected a writable array (updated in place)")
+    return value
+
+
+# ---------------------------------------------------------------------------------------------------------- the layer
+
+
+def channel_shape(fn: str, value: Any) -> tuple[int, ...]:
+    """The channels of a layer: an int, or a tuple of ints, at least 1 each."""
+    given = tuple(value) if isinstance(value, (tuple, list)) else (value,)
+    shape = []
+    for n in given:
+        try:
+            if isinstance(n, (bool, np.bool_)):
+                raise TypeError
+            shape.append(operator.index(n))
+        except TypeError:
+            raise TypeError(f"{fn}: channels is {value!r}, expected an int or a tuple of ints") from None
+    if any(n < 1 for n in shape):
+        raise ValueError(f"{fn}: channels is {value!r}, expected at least 1")
+    return tuple(shape)
+
+
+def layer_axis(fn: str, axis: Any, shape: tuple[int, ...]) -> int | tuple[int, ...]:
+    """The channel axes of a layer, as many as its channels have; their range is checked when x is known."""
+    given = tuple(axis) if isinstance(axis, (tuple, list)) else (axis,)
+    found = []
+    for a in given:
+        try:
+            if isinstance(a, (bool, np.bool_)):
+                raise TypeError
+            found.append(operator.index(a))
+        except TypeError:
+            raise TypeError(f"{fn}: axis is {axis!r}, expected an int or a tuple of ints") from None
+    if len(found) != len(shape):
+        raise ValueError(f"{fn}: axis={axis!r} has {len(found)} channel axes, expected {len(shape)}: channels={shape}")
+    return tuple(found) if isinstance(axis, (tuple, list)) else found[0]
+
+
+def parameter_dtype(fn: str, value: Any) -> np.dtype[Any]:
+    """The dtype of parameters and running statistics."""
+    d: np.dtype[Any] | None
+    try:
+        d = np.dtype(value)
+    except TypeError:
+        d = None
+    if d is None or value is None or d not in (FLOAT32, FLOAT64):
+        raise TypeError(f"{fn}: dtype is {value!r}, expected float32 or float64")
+    return d
+
+
+def channels(fn: str, x: Array, axis: Any, shape: tuple[int, ...]) -> None:
+    """x has the channels of the layer."""
+    found = tuple(x.shape[a] for a in axes(fn, axis, x.shape))
+    if found != shape:
+        raise ValueError(f"{fn}: x has channels {found}, expected {shape}; x has shape {x.shape}, axis={axis!r}")
+
+
+def not_in_place(fn: str, out: Array, x: Array) -> None:
+    """A forward in evaluation that is kept for the backward cannot overwrite its x."""
+    if np.may_share_memory(out, x):
+        raise ValueError(f"{fn}: out is x, which save=True in evaluation must keep; expected another array")
+
+
+def keys(fn: str, state: Any, required: list[str], optional: list[str]) -> None:
+    """A state has all the required keys, and no other but the optional ones."""
+    if not hasattr(state, "keys"):
+        raise TypeError(f"{fn}: state is of type {type(state).__name__}, expected a mapping like state_dict()'s")
+    missing = [k for k in required if k not in state]
+    unknown = [k for k in state if k not in required and k not in optional]
+    if missing or unknown:
+        raise ValueError(f"{fn}: state lacks {missing} and has unknown {unknown}; expected {required}")
+
+
+def count(fn: str, name: str, value: Any) -> int:
+    """A count: an integer, 0 or more (an array of one element counts as its element)."""
+    try:
+        n = operator.index(value.item() if isinstance(value, (np.ndarray, np.generic)) else value)
+    except (TypeError, ValueError):
+        raise TypeError(f"{fn}: {name} is {value!r}, expected an int") from None
+    if n < 0:
+        raise ValueError(f"{fn}: {name} is {n}, expected at least 0")
+    return n

@@ -1,0 +1,101 @@
+"""What this process runs on (`show_config`), and compiling ahead (`warmup`)."""
+
+import platform
+import sys
+from collections.abc import Iterable
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import numpy as np
+
+from . import _check
+from ._threads import SERIAL_SIZE, get_num_threads, load_tbb, threading_layer
+from .functional import batch_norm, batch_norm_backward, batch_norm_train
+from .moments import moments
+
+
+def warmup(dtypes: Iterable[str] = ("float32",), axes: Iterable[int] = (1, -1), *, progress: bool = False) -> None:
+    """Compile every verb ahead of its first call, serial and parallel, and fill the disk cache.
+
+    Parameters
+    ----------
+    dtypes : iterable of dtypes
+        Of the arrays to come.
+    axes : iterable of ints
+        The channel axes of 4-d arrays to come: 1 is NCHW, -1 is NHWC.
+    progress : bool
+        Say on stderr what is being compiled.
+
+    Raises
+    ------
+    TypeError, ValueError
+        For a dtype or an axis that the verbs refuse. Nothing has been compiled then.
+
+    Notes
+    -----
+    Half a minute without a disk cache, a fraction of a second with it. It starts Numba's threads: under GNU OpenMP,
+    processes forked later run serial.
+    """
+    fn = "warmup"
+    xs = []
+    for d in [dtypes] if isinstance(dtypes, str) else dtypes:
+        for axis in [axes] if isinstance(axes, int) else axes:
+            # Long inner runs and short ones, small (serial) and large (parallel); NHWC knows short ones only.
+            for shape in ((2, 8, 2, 2), (2, 8, 16, 16), (2, 64, 32, 32), (256, 64, 2, 2)):
+                moved = np.ones(shape, _check.dtype(fn, d))
+                xs.append((np.moveaxis(moved, 1, axis).copy(), _check.axes(fn, axis, shape)[0]))
+    for i, (x, axis) in enumerate(xs):
+        if progress:
+            print(f"\rcompiling {i + 1}/{len(xs)}", end="", file=sys.stderr, flush=True)
+        y, saved = batch_norm_train(x, axis=axis)
+        batch_norm(x, saved.mean, saved.var, axis=axis)
+        batch_norm_backward(y, saved)
+        moments(x, axis=axis)
+    if progress:
+        print("\r" + " " * 40 + "\r", end="", file=sys.stderr, flush=True)
+
+
+def show_config() -> None:
+    """Print versions, CPU, threads, threading layer and cache folder: what a report of a problem should contain."""
+    print("\n".join(f"{name + ':':<17}{value}" for name, value in config().items()))
+
+
+def config() -> dict[str, str]:
+    """What `show_config` prints."""
+    import numba
+
+    from . import _jit
+
+    tbb = load_tbb()
+    layer = threading_layer()
+    rows: dict[str, Any] = {
+        "fastbn": _version("fastbn"),
+        "numba": numba.__version__,
+        "numpy": np.__version__,
+        "python": f"{platform.python_version()} on {platform.system()} {platform.machine()}",
+        "cpu": cpu_name(),
+        "threads": f"{get_num_threads()} of {numba.config.NUMBA_NUM_THREADS}; one below {SERIAL_SIZE:,} elements",
+        "threading layer": layer or f"not started yet ({numba.config.THREADING_LAYER})",
+        "tbb": f"{_version('tbb')}, {tbb}" if tbb else "not found: fastbn is safe without it, but slower in forks",
+        "cache folder": _jit.cache_folder() or "none is writable: kernels are compiled anew in every process",
+    }
+    return {name: str(value) for name, value in rows.items()}
+
+
+def cpu_name() -> str:
+    """The CPU's name as the system gives it."""
+    try:
+        with open("/proc/cpuinfo") as f:
+            for line in f:
+                if line.startswith("model name"):
+                    return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"

@@ -1,0 +1,131 @@
+"""(shape, strides, channel axes) -> the canonical view (outer, channel, inner), and how it is cut into tiles.
+
+Take the axes in memory order, drop those of length 1, and merge neighbours of one kind. What is left of every common
+layout is (outer, channel, inner), with any of them 1:
+
+    NCHW, axis 1              (N, C, H*W)
+    NHWC, axis -1             (N*H*W, C, 1)
+    (N, D), axis 1            (N, D, 1)
+    whole array, axis ()      (1, 1, size)
+
+Memory order is read from the strides: an NCHW-shaped view of NHWC memory is the second row.
+"""
+
+import math
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from .kernels.grid import Grid, fused_grid, split_grid
+
+Array = npt.NDArray[Any]
+Shape = tuple[int, ...]
+
+
+class Layout(NamedTuple):
+    """The canonical view of one kind of array.
+
+    Attributes
+    ----------
+    order
+        The axes in memory order: ``x.transpose(order)`` is the canonical view, not yet merged.
+    steps
+        Strides in elements of an array that is dense in this order.
+    dense
+        Whether the array itself is: then the kernels read it where it is, else a copy in this order.
+    channel_shape, channels
+        Shape and number of the statistics.
+    per_channel
+        Values of each channel.
+    size
+        Elements in all.
+    whole, split
+        The tiles for a call that needs the statistics of x, and for one that does not.
+    """
+
+    order: Shape
+    steps: Shape
+    dense: bool
+    channel_shape: Shape
+    channels: int
+    per_channel: int
+    size: int
+    whole: Grid
+    split: Grid
+
+
+@lru_cache(maxsize=4096)
+def layout(shape: Shape, strides: Shape, itemsize: int, axes: Shape) -> Layout:
+    """The canonical view of an array, with `axes` (ascending, not negative) as the channels."""
+    rank = range(len(shape))
+    # Stable: axes of equal stride (of length 1, or broadcast) stay as they are.
+    order = tuple(sorted(rank, key=lambda a: -abs(strides[a])))
+    merged = _merge(shape, order, axes)
+    if merged is None:  # no single (outer, channel, inner): lay a copy out as (everything else, channels)
+        order = tuple(a for a in order if a not in axes) + axes
+        merged = _merge(shape, order, axes)
+        assert merged is not None
+    outer, channels, inner = merged
+    steps = [0] * len(shape)
+    step = 1
+    for a in reversed(order):
+        steps[a] = step
+        step *= shape[a]
+    size = math.prod(shape)
+    split = split_grid(max(outer, 1), max(channels, 1), max(inner, 1), itemsize)
+    return Layout(
+        order=order,
+        steps=tuple(steps),
+        dense=all(n == 1 or s == itemsize * t for n, s, t in zip(shape, strides, steps, strict=True)),
+        channel_shape=tuple(shape[a] for a in axes),
+        channels=channels,
+        per_channel=outer * inner,
+        size=size,
+        whole=(fused_grid(outer, channels, inner, itemsize) if size else None) or split,
+        split=split,
+    )
+
+
+def _merge(shape: Shape, order: Shape, axes: Shape) -> tuple[int, int, int] | None:
+    """(outer, channels, inner) with the axes in this order; None if the channels are not one ascending block."""
+    long = [a for a in order if shape[a] != 1]
+    where = [i for i, a in enumerate(long) if a in axes]
+    if not where:
+        # All channels (if any) have length 1: everything is one long inner run.
+        return 1, 1, math.prod(shape[a] for a in long)
+    first, last = where[0], where[-1] + 1
+    block = long[first:last]
+    if len(block) != len(where) or block != sorted(block):
+        return None
+    outer, channels, inner = (math.prod(shape[a] for a in part) for part in (long[:first], block, long[last:]))
+    return outer, channels, inner
+
+
+def is_dense(a: Array, lay: Layout) -> bool:
+    """Whether `a` (of the layout's shape) can be used in place: dense in the layout's order, aligned, native."""
+    item = a.itemsize
+    return (
+        all(n == 1 or s == item * t for n, s, t in zip(a.shape, a.strides, lay.steps, strict=True))
+        and a.flags.aligned
+        and a.dtype.isnative
+    )
+
+
+def flat(a: Array, lay: Layout) -> Array:
+    """The elements of a dense array in memory order, 1-d, without a copy, and typed as writable.
+
+    Numba compiles anew for read-only arrays. The kernels never write to an input (a test compiles them with read-only
+    inputs), so a read-only array is passed through an alias of its memory.
+    """
+    a = a.transpose(lay.order).reshape(-1)
+    return a if a.flags.writeable else np.asarray(_Alias(a))
+
+
+class _Alias:
+    def __init__(self, base: Array) -> None:
+        self.base = base
+        interface = dict(base.__array_interface__)
+        interface["data"] = (interface["data"][0], False)
+        self.__array_interface__ = interface

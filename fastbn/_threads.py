@@ -1,0 +1,199 @@
+"""Serial or parallel: thread counts, the threading layer, and what must never happen in threads and forks.
+
+Numba's threading layers fail in ways that end a process: under workqueue two threads that enter a parallel region at
+once abort it; under GNU OpenMP a region in a forked child kills the child, and one in a grandchild hangs. TBB has
+neither fault (in a child forked by the thread that started it), so fastbn depends on TBB where its wheel exists and
+loads it from where pip puts it, which Numba does not search in a virtual environment. Elsewhere the serial build of the
+same kernel, which gives the same bits, takes over: in a forked child under OpenMP, and under workqueue while another
+thread is in a region.
+
+Numba's own settings are the user's and stay as they are.
+"""
+
+import contextlib
+import ctypes
+import math
+import os
+import site
+import sys
+import threading
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ._jit import Kernel
+
+SERIAL_SIZE = 1 << 16
+"""Calls on fewer elements than this run serial: a parallel region would cost more than it saves."""
+
+_limit: int | None = None  # set_num_threads
+_layer: str | None = None  # known only after the first region
+_starter: int | None = None  # the thread that ran it
+_serial_only = False  # in a forked child whose parent's threads did not survive
+_region = threading.Lock()  # held during the first region, and during every region under workqueue
+
+
+def run(kernel: "Kernel", size: int, *args: Any) -> None:
+    """Call one build of `kernel` on arrays of `size` elements."""
+    if size < SERIAL_SIZE or _serial_only:
+        kernel.serial(*args)
+    elif _layer is not None and _layer != "workqueue":
+        _parallel(kernel, args)
+    # The layer is not known yet, or bears one region at a time.
+    elif _region.acquire(blocking=False):
+        try:
+            _parallel(kernel, args)
+            _note_layer()
+        finally:
+            _region.release()
+    else:
+        kernel.serial(*args)
+
+
+def _parallel(kernel: "Kernel", args: tuple[Any, ...]) -> None:
+    import numba
+
+    if _layer is None:
+        load_tbb()
+    allowed = numba.get_num_threads()
+    wanted = min(allowed, _limit or default_threads())
+    if wanted == 1:
+        kernel.serial(*args)
+    elif wanted == allowed:
+        kernel.parallel(*args)
+    else:
+        numba.set_num_threads(wanted)  # of this thread alone
+        try:
+            kernel.parallel(*args)
+        finally:
+            numba.set_num_threads(allowed)
+
+
+def _note_layer() -> None:
+    global _layer, _starter
+    layer = threading_layer()
+    if layer is not None:
+        _layer, _starter = layer, threading.get_ident()
+
+
+def threading_layer() -> str | None:
+    """Name of Numba's threading layer, or None before any parallel region of this process."""
+    numba = sys.modules.get("numba")
+    if numba is None:
+        return None
+    try:
+        return str(numba.threading_layer())
+    except ValueError:
+        return None
+
+
+@cache
+def load_tbb() -> str | None:
+    """Load the TBB library that pip installed, so that Numba finds it by name; its path, or None."""
+    names = {"linux": "lib/libtbb.so.12", "win32": "Library/bin/tbb12.dll"}
+    name = names.get(sys.platform)
+    if name is None or os.environ.get("NUMBA_THREADING_LAYER", "default") in ("omp", "workqueue"):
+        return None
+    for prefix in (sys.prefix, site.getuserbase() or sys.prefix, sys.base_prefix):
+        path = Path(prefix, name)
+        if path.exists():
+            with contextlib.suppress(OSError):
+                if sys.platform == "win32":
+                    os.add_dll_directory(str(path.parent))
+                ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
+                return str(path)
+    return None
+
+
+@cache
+def default_threads() -> int:
+    """Numba's count (the CPUs of this process's affinity, or NUMBA_NUM_THREADS), capped by the cgroup's CPU quota."""
+    import numba
+
+    threads = int(numba.config.NUMBA_NUM_THREADS)
+    if "NUMBA_NUM_THREADS" not in os.environ:
+        with contextlib.suppress(OSError, ValueError):
+            quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+            if quota != "max":
+                threads = min(threads, max(1, math.ceil(int(quota) / int(period))))
+    return threads
+
+
+def get_num_threads() -> int:
+    """Number of threads that a large call may use.
+
+    Returns
+    -------
+    int
+        What `set_num_threads` set, else Numba's count: the CPUs this process may run on, or ``NUMBA_NUM_THREADS``,
+        and no more than the CPU quota of its cgroup (Linux). Calls on fewer than 65,536 elements always use one.
+
+    Examples
+    --------
+    >>> import fastbn
+    >>> fastbn.set_num_threads(1)
+    >>> fastbn.get_num_threads()
+    1
+    >>> fastbn.set_num_threads(None)
+    """
+    return min(_limit, _most_threads()) if _limit else default_threads()
+
+
+def set_num_threads(n: int | None) -> None:
+    """Limit the threads of fastbn's calls, in the whole process; Numba's own setting stays as it is.
+
+    The results do not depend on it, to the last bit.
+
+    Parameters
+    ----------
+    n : int or None
+        At least 1. More than Numba has threads (``NUMBA_NUM_THREADS``, read when Numba is imported) means all of
+        them. None: back to the default.
+
+    Raises
+    ------
+    TypeError
+        If n is not an integer.
+    ValueError
+        If n is below 1.
+    """
+    global _limit
+    if n is not None:
+        if isinstance(n, bool) or not hasattr(n, "__index__"):
+            raise TypeError(f"set_num_threads: n is {n!r}, expected an int or None")
+        n = n.__index__()
+        if n < 1:
+            raise ValueError(f"set_num_threads: n is {n}, expected at least 1")
+    _limit = n
+
+
+def _most_threads() -> int:
+    import numba
+
+    return int(numba.config.NUMBA_NUM_THREADS)
+
+
+@contextlib.contextmanager
+def num_threads(n: int | None) -> Iterator[None]:
+    """`set_num_threads` for the length of a with block."""
+    before = _limit
+    set_num_threads(n)
+    try:
+        yield
+    finally:
+        set_num_threads(before)
+
+
+def _after_fork() -> None:
+    """In a forked child: a lock that nobody holds, and no parallel region where the threads are gone for good."""
+    global _region, _serial_only
+    _region = threading.Lock()
+    layer = _layer or threading_layer()
+    if layer == "omp" or (layer == "tbb" and _starter not in (None, threading.get_ident())):
+        _serial_only = True
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)

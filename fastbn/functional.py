@@ -1,0 +1,396 @@
+"""The verbs: `batch_norm`, `batch_norm_train`, `batch_norm_backward`."""
+
+from dataclasses import dataclass
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+
+from . import _check, kernels
+from ._layout import Layout, layout
+from ._memory import Target, source
+from ._threads import run
+from .moments import Moments
+
+Array = npt.NDArray[Any]
+
+_NO_STATS = np.zeros((2, 0))
+
+
+def batch_norm(
+    x: npt.ArrayLike,
+    mean: npt.ArrayLike,
+    var: npt.ArrayLike,
+    gamma: npt.ArrayLike | None = None,
+    beta: npt.ArrayLike | None = None,
+    *,
+    axis: int | tuple[int, ...] = 1,
+    eps: float = 1e-5,
+    out: Array | None = None,
+) -> Array:
+    """Normalize with given statistics: inference.
+
+    ``y = (x - mean) / sqrt(var + eps) * gamma + beta``
+
+    Parameters
+    ----------
+    x : (N, C, ...) array
+        float32, float64, integers or booleans; any rank and memory layout. Read only.
+    mean, var : (C,) array
+        Population (running) statistics; a scalar stands for all channels.
+    gamma, beta : (C,) array, optional
+        Scale and shift; 1 and 0 when omitted.
+    axis : int or tuple of ints
+        The **channel** axis of x (Chainer's `axis` is the opposite). A tuple: statistics for each cell of these axes,
+        of shape ``tuple(x.shape[a] for a in sorted(axis))``. ``()``: one statistic, of shape ``()``, for all of x.
+        NCHW is 1, NHWC is -1.
+    eps : float
+        Added to var. Where var + eps is 0, y is beta.
+    out : array of y's shape and dtype, optional
+        Receives y. May be x itself; other overlap with x is refused.
+
+    Returns
+    -------
+    y : array of x's shape
+        float64 for float64 x, else float32; in the memory order of x. This is `out` if given.
+
+    Raises
+    ------
+    ValueError
+        Wrong shapes, axis out of range, negative var or eps, `out` read-only or overlapping. Nothing is written.
+    TypeError
+        A dtype or type that is not listed above. Nothing is written.
+
+    Notes
+    -----
+    Reads x once, writes y once. An x that is contiguous in no order of its axes is copied first.
+    PyTorch calls gamma and beta `weight` and `bias`; Keras's default axis is -1 and its eps 1e-3.
+
+    References
+    ----------
+    Ioffe, Szegedy 2015, "Batch Normalization", arXiv:1502.03167, Algorithm 2, step 11.
+
+    Examples
+    --------
+    >>> import numpy as np, fastbn
+    >>> fastbn.batch_norm(np.array([[1.0, 10.0], [3.0, 30.0]]), mean=[2, 20], var=[1, 100], eps=0)
+    array([[-1., -1.],
+           [ 1.,  1.]])
+    """
+    fn = "batch_norm"
+    x = _check.array(fn, "x", x)
+    lay = layout(x.shape, x.strides, x.itemsize, _check.axes(fn, axis, x.shape))
+    eps = _check.eps(fn, eps)
+    of = _check.channels_of(x, axis)
+    stats = np.empty((2, lay.channels))
+    _put(stats[0], _check.parameter(fn, "mean", mean, lay.channel_shape, of))
+    _put(stats[1], _check.variance(fn, "var", var, lay.channel_shape, of))
+    params = _params(fn, gamma, beta, lay, of)
+    dtype = _check.result_dtype(x)
+    if out is not None:
+        _check.out(fn, out, x.shape, dtype, x, {"x": x})
+    target = Target(x, dtype, lay, out)
+    if lay.size:
+        _forward(target.source(x, lay), target.flat, stats, params, eps, 1.0, lay, measure=False)
+    return target.finish()
+
+
+def batch_norm_train(
+    x: npt.ArrayLike,
+    gamma: npt.ArrayLike | None = None,
+    beta: npt.ArrayLike | None = None,
+    *,
+    axis: int | tuple[int, ...] = 1,
+    eps: float = 1e-5,
+    out: Array | None = None,
+) -> tuple[Array, "Saved"]:
+    """Normalize with the statistics of x itself: the training forward.
+
+    ``y = (x - mean) / sqrt(var + eps) * gamma + beta``, with the mean and the variance (divided by n) of each channel.
+
+    Parameters
+    ----------
+    x, gamma, beta, axis, eps, out
+        As in `batch_norm`. Each channel needs at least two values.
+
+    Returns
+    -------
+    y : array of x's shape
+        float64 for float64 x, else float32; in the memory order of x. This is `out` if given.
+    saved : Saved
+        What `batch_norm_backward` needs, with the statistics in ``saved.mean``, ``saved.var`` and ``saved.moments``.
+        It refers to x, not to a copy: leave x as it is until the backward is done. With ``out=x`` it refers to y, from
+        which the backward recovers x: that costs digits where abs(beta) >> abs(gamma), and is refused where gamma is 0.
+
+    Raises
+    ------
+    ValueError
+        As `batch_norm`; also one value per channel. Nothing is written.
+    TypeError
+        As `batch_norm`. Nothing is written.
+
+    Notes
+    -----
+    The statistics are float64, accurate whatever the offset of the data, and their bits do not depend on threads. An
+    empty x gives an empty y. NaN and Inf stay in their channel.
+
+    Where a channel's values fit in the cache (NCHW, (N, D)) x is read once and y written once; where they do not (NHWC
+    images), x is read twice. An x that is contiguous in no order of its axes is copied first.
+
+    References
+    ----------
+    Ioffe, Szegedy 2015, "Batch Normalization", arXiv:1502.03167, Algorithm 1.
+
+    Examples
+    --------
+    >>> import numpy as np, fastbn
+    >>> y, saved = fastbn.batch_norm_train(np.array([[1.0, 10.0], [3.0, 30.0]]), eps=0)
+    >>> y
+    array([[-1., -1.],
+           [ 1.,  1.]])
+    >>> saved.mean, saved.var
+    (array([ 2., 20.]), array([  1., 100.]))
+    """
+    fn = "batch_norm_train"
+    x = _check.array(fn, "x", x)
+    lay = layout(x.shape, x.strides, x.itemsize, _check.axes(fn, axis, x.shape))
+    eps = _check.eps(fn, eps)
+    params = _params(fn, gamma, beta, lay, _check.channels_of(x, axis))
+    _check.more_than_one(fn, lay, x, axis)
+    dtype = _check.result_dtype(x)
+    if out is not None:
+        _check.out(fn, out, x.shape, dtype, x, {"x": x})
+    target = Target(x, dtype, lay, out)
+    stats = np.zeros((2, lay.channels))
+    if lay.size:
+        _forward(target.source(x, lay), target.flat, stats, params, eps, float(lay.per_channel), lay, measure=True)
+    y = target.finish()
+    overwritten = out is not None and np.may_share_memory(out, x)
+    saved = Saved(
+        y if overwritten else x, lay, stats, params, eps,
+        dtypes=(_dtype_of(gamma, dtype), _dtype_of(beta, dtype)), frozen=False, overwritten=overwritten,
+    )  # fmt: skip
+    return y, saved
+
+
+def batch_norm_backward(dy: npt.ArrayLike, saved: "Saved", *, out: Array | None = None) -> tuple[Array, Array, Array]:
+    """Gradients of a `batch_norm_train`, given the gradient `dy` of its y.
+
+    With xhat = (x - mean) / sqrt(var + eps), and sums and means over the n values of a channel::
+
+        dbeta  = sum(dy)
+        dgamma = sum(dy * xhat)
+        dx     = gamma / sqrt(var + eps) * (dy - mean(dy) - xhat * mean(dy * xhat))
+
+    and ``dx = gamma / sqrt(var + eps) * dy`` if the statistics were held fixed (`Saved.fixed`).
+
+    Parameters
+    ----------
+    dy : array of x's shape
+        float32 or float64; converted to the dtype of y. Read only, unless it is `out`.
+    saved : Saved
+        From `batch_norm_train`, or from `Saved.fixed`. It can be used again.
+    out : array of y's shape and dtype, optional
+        Receives dx. May be dy itself; other overlap with dy or x is refused.
+
+    Returns
+    -------
+    dx : array of x's shape
+        In the dtype of y and the memory order of x. This is `out` if given.
+    dgamma, dbeta : (C,) array
+        In the dtypes of gamma and beta, or that of y where they were omitted or are integers.
+
+    Raises
+    ------
+    ValueError
+        dy of another shape than x; `out` of another shape, read-only or overlapping; x overwritten by y where gamma is
+        0. Nothing is written.
+    TypeError
+        dy not floating; `saved` not a `Saved`; `out` of another dtype. Nothing is written.
+
+    Notes
+    -----
+    Sums are float64. Where a channel's values of dy and x fit in the cache, both are read once and dx is written once;
+    else they are read twice. With fixed statistics they are read once always. dy in another memory order than x is
+    copied first.
+
+    References
+    ----------
+    Ioffe, Szegedy 2015, "Batch Normalization", arXiv:1502.03167, section 3.
+
+    Examples
+    --------
+    >>> import numpy as np, fastbn
+    >>> y, saved = fastbn.batch_norm_train(np.array([[1.0], [2.0], [6.0]]))
+    >>> dx, dgamma, dbeta = fastbn.batch_norm_backward(np.array([[1.0], [0.0], [0.0]]), saved)
+    >>> bool(abs(dx.sum()) < 1e-15), dbeta
+    (True, array([1.]))
+    """
+    fn = "batch_norm_backward"
+    if not isinstance(saved, Saved):
+        raise TypeError(
+            f"{fn}: saved is of type {type(saved).__name__}, expected the Saved that batch_norm_train returned"
+        )
+    x, lay = saved.x, saved._layout
+    dtype = _check.result_dtype(x)
+    dy = _check.gradient(fn, dy, x.shape)
+    if out is not None:
+        _check.out(fn, out, x.shape, dtype, dy, {"dy": dy, "x": x})
+    point = saved._point(fn)
+    target = Target(x, dtype, lay, out)
+    grads = np.zeros((2, lay.channels))
+    if lay.size:
+        grid = lay.split if saved.frozen else lay.whole
+        run(
+            kernels.backward.backward_runs if grid.runs else kernels.backward.backward_rows, lay.size,
+            target.source(dy, lay), source(x, lay), target.flat, point, float(lay.per_channel), grads, saved.frozen,
+            grid.sizes,
+        )  # fmt: skip
+    dgamma, dbeta = (g.reshape(lay.channel_shape).astype(d) for g, d in zip(grads, saved._dtypes, strict=True))
+    return target.finish(), dgamma, dbeta
+
+
+@dataclass(slots=True, eq=False, repr=False)
+class Saved:
+    """What the backward needs of a forward: x (by reference), statistics and parameters.
+
+    `batch_norm_train` returns one; `fixed` makes one for a forward whose statistics were given.
+
+    Attributes
+    ----------
+    x : array
+        The input, not a copy (the output, if it was computed in place).
+    mean, var : (C,) float64 array
+        The statistics that normalized x; var is divided by n.
+    moments : Moments
+        The same with the count, for `update_running` and merging.
+    count : int
+        Values per channel.
+    frozen : bool
+        Whether the statistics were given, not computed from x.
+    """
+
+    x: Array
+    _layout: Layout
+    _stats: Array
+    _params: Array
+    eps: float
+    _dtypes: tuple[np.dtype[Any], np.dtype[Any]]
+    frozen: bool
+    _overwritten: bool
+
+    def __init__(
+        self, x: Array, lay: Layout, stats: Array, params: Array, eps: float, *,
+        dtypes: tuple[np.dtype[Any], np.dtype[Any]], frozen: bool, overwritten: bool,
+    ) -> None:  # fmt: skip
+        self.x, self._layout, self._stats, self._params, self.eps = x, lay, stats, params, eps
+        self._dtypes, self.frozen, self._overwritten = dtypes, frozen, overwritten
+
+    @classmethod
+    def fixed(
+        cls,
+        x: npt.ArrayLike,
+        mean: npt.ArrayLike,
+        var: npt.ArrayLike,
+        gamma: npt.ArrayLike | None = None,
+        beta: npt.ArrayLike | None = None,
+        *,
+        axis: int | tuple[int, ...] = 1,
+        eps: float = 1e-5,
+    ) -> Self:
+        """For the backward of ``batch_norm(x, mean, var, gamma, beta)``: a frozen layer.
+
+        Parameters and errors are those of `batch_norm`. It refers to x: an inference call by itself keeps nothing
+        alive.
+
+        Examples
+        --------
+        >>> import numpy as np, fastbn
+        >>> saved = fastbn.Saved.fixed(np.ones((4, 2)), mean=[0, 0], var=[1, 4], eps=0)
+        >>> fastbn.batch_norm_backward(np.ones((4, 2)), saved)[0][0]
+        array([1. , 0.5])
+        """
+        fn = "Saved.fixed"
+        x = _check.array(fn, "x", x)
+        lay = layout(x.shape, x.strides, x.itemsize, _check.axes(fn, axis, x.shape))
+        of = _check.channels_of(x, axis)
+        stats = np.empty((2, lay.channels))
+        _put(stats[0], _check.parameter(fn, "mean", mean, lay.channel_shape, of))
+        _put(stats[1], _check.variance(fn, "var", var, lay.channel_shape, of))
+        stats[1] *= lay.per_channel
+        dtype = _check.result_dtype(x)
+        return cls(
+            x, lay, stats, _params(fn, gamma, beta, lay, of), _check.eps(fn, eps),
+            dtypes=(_dtype_of(gamma, dtype), _dtype_of(beta, dtype)), frozen=True, overwritten=False,
+        )  # fmt: skip
+
+    @property
+    def count(self) -> int:
+        """Values per channel."""
+        return self._layout.per_channel
+
+    @property
+    def mean(self) -> Array:
+        """Mean per channel, float64."""
+        mean: Array = self._stats[0].reshape(self._layout.channel_shape)
+        return mean
+
+    @property
+    def var(self) -> Array:
+        """Variance per channel, divided by n, float64."""
+        var: Array = self._stats[1].reshape(self._layout.channel_shape) / max(self.count, 1)
+        return var
+
+    @property
+    def moments(self) -> Moments:
+        """Count, mean and centred sum of squares, for `update_running` and merging."""
+        return Moments(self.count, self.mean.copy(), self._stats[1].reshape(self._layout.channel_shape).copy())
+
+    def __repr__(self) -> str:
+        return f"Saved(x={self.x.dtype}{self.x.shape}, channels={self._layout.channel_shape}, frozen={self.frozen})"
+
+    def _point(self, fn: str) -> Array:
+        """Rows centre, slope, scale: xhat = (x - centre) * slope, scale = gamma * invstd."""
+        point = np.empty((3, self._layout.channels))
+        v = self._stats[1] / max(self.count, 1) + self.eps
+        with np.errstate(divide="ignore", invalid="ignore"):
+            invstd = np.where(v == 0, 0.0, 1.0 / np.sqrt(v))  # as in the forward: a constant channel gives beta
+        gamma, beta = self._params
+        point[2] = gamma * invstd
+        if self._overwritten:
+            if not gamma.all():
+                raise ValueError(
+                    f"{fn}: x was overwritten (batch_norm_train with out=x) and gamma is 0 in channel "
+                    f"{int(np.argmin(gamma != 0))}, so x cannot be recovered from y; expected gamma without zeros"
+                )
+            point[0], point[1] = beta, 1.0 / gamma
+        else:
+            point[0], point[1] = self._stats[0], invstd
+        return point
+
+
+def _params(fn: str, gamma: Any, beta: Any, lay: Layout, of: str) -> Array:
+    """gamma and beta as the rows of one float64 array."""
+    params = np.empty((2, lay.channels))
+    _put(params[0], 1.0 if gamma is None else _check.parameter(fn, "gamma", gamma, lay.channel_shape, of))
+    _put(params[1], 0.0 if beta is None else _check.parameter(fn, "beta", beta, lay.channel_shape, of))
+    return params
+
+
+def _put(row: Array, value: Any) -> None:
+    row[...] = value.reshape(-1) if isinstance(value, np.ndarray) and value.ndim else value
+
+
+def _dtype_of(parameter: Any, default: np.dtype[Any]) -> np.dtype[Any]:
+    if parameter is None:
+        return default
+    dtype = np.asarray(parameter).dtype.newbyteorder("=")
+    return dtype if dtype.kind == "f" else default
+
+
+def _forward(
+    x: Array, y: Array, stats: Array, params: Array, eps: float, count: float, lay: Layout, *, measure: bool
+) -> None:
+    grid = lay.whole if measure else lay.split
+    kernel = kernels.forward.forward_runs if grid.runs else kernels.forward.forward_rows
+    run(kernel, lay.size, x, y, stats, params, eps, count, measure, True, grid.sizes)

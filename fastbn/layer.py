@@ -1,0 +1,331 @@
+"""BatchNorm: parameters and running statistics over the verbs."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+
+from . import _check
+from .functional import Saved, batch_norm, batch_norm_backward, batch_norm_train
+from .moments import Moments, moments, update_running
+
+Array = npt.NDArray[Any]
+
+
+class BatchNorm:
+    """A batch-normalization layer: learned scale and shift, running statistics, and the backward.
+
+    In training (the default, `train`) a call normalizes with the statistics of its input and moves the running ones;
+    in evaluation (`eval`) it normalizes with the running ones.
+
+    Parameters
+    ----------
+    channels : int or tuple of ints
+        Number of channels C; a tuple where `axis` is one.
+    axis : int or tuple of ints
+        The **channel** axis: NCHW 1, NHWC -1. See `batch_norm`.
+    eps : float
+        Added to the variance.
+    momentum : float or None
+        Weight of the **old** running value, from 0 to 1 (PyTorch's 0.1 is 0.9 here). None: the running statistics are
+        those of all samples seen since the layer was made, pooled exactly, whatever the sizes of the batches.
+    correction : 0 or 1
+        Of the running variance: 1 keeps the unbiased estimate (PyTorch), 0 the plain one (Keras, ONNX). The
+        normalization itself always divides by n.
+    center, scale : bool
+        Whether there is a beta, a gamma.
+    track_running_stats : bool
+        False: no running statistics; evaluation uses those of its input too.
+    dtype : "float32" or "float64"
+        Of parameters and running statistics.
+
+    Attributes
+    ----------
+    gamma, beta : (C,) array or None
+        1 and 0 at first. Change them in place.
+    running_mean, running_var : (C,) array or None
+        0 and 1 at first. float64 with ``momentum=None``.
+    num_batches_tracked : int
+        Training calls so far.
+    dgamma, dbeta : (C,) array or None
+        From the last `backward`.
+    training : bool
+        See `train` and `eval`.
+
+    References
+    ----------
+    Ioffe, Szegedy 2015, "Batch Normalization", arXiv:1502.03167, Algorithms 1 and 2.
+
+    Examples
+    --------
+    >>> import numpy as np, fastbn
+    >>> bn = fastbn.BatchNorm(3)
+    >>> x = np.random.default_rng(0).normal(5, 2, (8, 3, 4, 4)).astype("float32")
+    >>> y = bn(x)
+    >>> dx = bn.backward(np.ones_like(y))
+    >>> y.shape, dx.shape, bn.dgamma.shape
+    ((8, 3, 4, 4), (8, 3, 4, 4), (3,))
+    >>> bn.eval()(x[:1]).shape
+    (1, 3, 4, 4)
+    """
+
+    def __init__(
+        self,
+        channels: int | tuple[int, ...],
+        *,
+        axis: int | tuple[int, ...] = 1,
+        eps: float = 1e-5,
+        momentum: float | None = 0.9,
+        correction: int = 1,
+        center: bool = True,
+        scale: bool = True,
+        track_running_stats: bool = True,
+        dtype: npt.DTypeLike = "float32",
+    ) -> None:
+        fn = "BatchNorm"
+        self.channels = shape = _check.channel_shape(fn, channels)
+        self.axis = _check.layer_axis(fn, axis, shape)
+        self.eps = _check.eps(fn, eps)
+        self.momentum = None if momentum is None else _check.number(fn, "momentum", momentum, 0.0, 1.0)
+        self.correction = _check.correction(fn, correction)
+        self.track_running_stats = bool(track_running_stats)
+        self.dtype = _check.parameter_dtype(fn, dtype)
+        self.gamma = np.ones(shape, self.dtype) if scale else None
+        self.beta = np.zeros(shape, self.dtype) if center else None
+        self.running_mean: Array | None = None
+        self.running_var: Array | None = None
+        if self.track_running_stats:
+            kept = np.dtype(np.float64) if momentum is None else self.dtype  # a pool in float32 would forget
+            self.running_mean, self.running_var = np.zeros(shape, kept), np.ones(shape, kept)
+        self.num_batches_tracked = 0
+        self.training = True
+        self.dgamma: Array | None = None
+        self.dbeta: Array | None = None
+        self._pool = Moments.empty(shape)
+        self._saved: Saved | None = None
+
+    def train(self, mode: bool = True) -> Self:
+        """Switch to training, or with False to evaluation; returns the layer."""
+        self.training = bool(mode)
+        return self
+
+    def eval(self) -> Self:
+        """Switch to evaluation; returns the layer."""
+        return self.train(False)
+
+    def __call__(self, x: npt.ArrayLike, *, save: bool | None = None, out: Array | None = None) -> Array:
+        """Normalize x.
+
+        Parameters
+        ----------
+        x : array
+            With C channels along `axis`; see `batch_norm`.
+        save : bool, optional
+            Keep what `backward` needs (a reference to x) until the next call. By default in training only.
+        out : array, optional
+            Receives y; may be x itself.
+
+        Returns
+        -------
+        y : array of x's shape
+
+        Raises
+        ------
+        ValueError
+            Other channels than the layer has; in training, one value per channel. Layer and `out` stay as they were.
+        TypeError
+            As `batch_norm`.
+        """
+        fn = "BatchNorm"
+        x = _check.array(fn, "x", x)
+        _check.channels(fn, x, self.axis, self.channels)
+        save = self.training if save is None else save
+        batch_statistics = self.training or not self.track_running_stats
+        if batch_statistics:
+            y, saved = batch_norm_train(x, self.gamma, self.beta, axis=self.axis, eps=self.eps, out=out)
+            if self.training:
+                self._track(saved)
+            self._saved = saved if save else None
+            return y
+        mean, var = self._running(fn)
+        if save and out is not None:
+            _check.not_in_place(fn, out, x)
+        y = batch_norm(x, mean, var, self.gamma, self.beta, axis=self.axis, eps=self.eps, out=out)
+        self._saved = Saved.fixed(x, mean, var, self.gamma, self.beta, axis=self.axis, eps=self.eps) if save else None
+        return y
+
+    def backward(self, dy: npt.ArrayLike, *, out: Array | None = None) -> Array:
+        """Gradient of the last call's x, given that of its y; sets `dgamma` and `dbeta`.
+
+        After an evaluation call with ``save=True`` the running statistics count as constants.
+
+        Parameters
+        ----------
+        dy : array of x's shape
+        out : array, optional
+            Receives dx; may be dy itself.
+
+        Returns
+        -------
+        dx : array of x's shape
+
+        Raises
+        ------
+        ValueError
+            Before a training call, or after an evaluation call without ``save=True``; else as `batch_norm_backward`.
+        TypeError
+            As `batch_norm_backward`.
+        """
+        if self._saved is None:
+            raise ValueError(
+                "BatchNorm.backward: there is no forward to go back through; expected a call in training, or one with "
+                "save=True in evaluation, before it"
+            )
+        dx, dgamma, dbeta = batch_norm_backward(dy, self._saved, out=out)
+        self.dgamma = dgamma if self.gamma is not None else None
+        self.dbeta = dbeta if self.beta is not None else None
+        return dx
+
+    def fit_population(self, batches: Iterable[npt.ArrayLike]) -> Self:
+        """Set the running statistics to those of a whole data set, exact whatever the sizes of its batches.
+
+        Parameters
+        ----------
+        batches : iterable of arrays
+            Inputs of this layer, one batch at a time; each is read once and then let go.
+
+        Returns
+        -------
+        BatchNorm
+            The layer. Nothing changes if the iteration fails or there is no sample.
+
+        Raises
+        ------
+        ValueError
+            A batch with other channels than the layer; fewer samples than the variance needs; a layer that keeps no
+            running statistics.
+
+        References
+        ----------
+        Ioffe, Szegedy 2015, arXiv:1502.03167, Algorithm 2, steps 8 to 10, where the variance is m / (m - 1) times the
+        mean over batches of the variance; here it is that of all samples.
+        """
+        fn = "BatchNorm.fit_population"
+        mean, var = self._running(fn)
+        pool = Moments.empty(self.channels)
+        for batch in batches:
+            x = _check.array(fn, "batch", batch)
+            _check.channels(fn, x, self.axis, self.channels)
+            pool += moments(x, axis=self.axis)
+        if pool.count <= self.correction:
+            raise ValueError(
+                f"{fn}: batches have {pool.count} values per channel, expected at least {self.correction + 1}"
+            )
+        mean[...], var[...] = pool.mean, pool.var(self.correction)
+        self._pool = pool
+        return self
+
+    def fold(self) -> tuple[Array, Array]:
+        """(scale, shift) of the affine map that the layer is in evaluation: ``y = x * scale + shift``.
+
+        Returns
+        -------
+        scale, shift : (C,) array
+            Computed in float64, in the layer's dtype.
+
+        Raises
+        ------
+        ValueError
+            If the layer keeps no running statistics.
+
+        Notes
+        -----
+        Folded, digits are lost where abs(mean) is large beside the standard deviation; `batch_norm` does not lose them.
+        """
+        mean, var = (s.astype(np.float64) for s in self._running("BatchNorm.fold"))
+        v = var + self.eps
+        with np.errstate(divide="ignore"):
+            scale = np.where(v == 0, 0.0, 1.0 / np.sqrt(v))
+        if self.gamma is not None:
+            scale = scale * self.gamma
+        shift = -mean * scale
+        if self.beta is not None:
+            shift = shift + self.beta
+        return scale.astype(self.dtype), np.asarray(shift).astype(self.dtype)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Copies of gamma, beta, running_mean, running_var and num_batches_tracked, as far as the layer has them.
+
+        With ``momentum=None`` also running_count, the number of values per channel behind the running statistics.
+        """
+        state: dict[str, Any] = {name: a.copy() for name, a in self._arrays().items()}
+        if self.track_running_stats:
+            state["num_batches_tracked"] = self.num_batches_tracked
+            if self.momentum is None:
+                state["running_count"] = self._pool.count
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> Self:
+        """Set everything that `state_dict` returns, in place; returns the layer.
+
+        Without running_count, a layer with ``momentum=None`` starts a new pool at its next training call.
+
+        Raises
+        ------
+        ValueError
+            A key missing or unknown, a wrong shape, a negative running_var. The layer stays as it was.
+        TypeError
+            A value that is not numeric. The layer stays as it was.
+        """
+        fn = "BatchNorm.load_state_dict"
+        arrays = self._arrays()
+        counters = ["num_batches_tracked"] if self.track_running_stats else []
+        pooled = self.track_running_stats and self.momentum is None
+        optional = ["running_count"] if pooled else []
+        _check.keys(fn, state, [*arrays, *counters], optional)
+        values = {}
+        for name, a in arrays.items():
+            check = _check.variance if name == "running_var" else _check.parameter
+            values[name] = check(fn, name, state[name], a.shape, ", the layer's channels")
+        counts = {name: _check.count(fn, name, state[name]) for name in [*counters, *optional] if name in state}
+        for name, a in arrays.items():
+            a[...] = values[name]
+        self.num_batches_tracked = counts.get("num_batches_tracked", 0)
+        if pooled:
+            mean, var = self._running(fn)
+            n = counts.get("running_count", 0)
+            self._pool = Moments(n, mean.copy(), var * max(n - self.correction, 0)) if n else Moments.empty(mean.shape)
+        self._saved = None
+        return self
+
+    def __repr__(self) -> str:
+        options = {"axis": 1, "eps": 1e-5, "momentum": 0.9, "correction": 1, "track_running_stats": True}
+        shown = [f"{k}={getattr(self, k)!r}" for k, default in options.items() if getattr(self, k) != default]
+        shown += [f"{k}=False" for k, a in (("center", self.beta), ("scale", self.gamma)) if a is None]
+        shown += [f"dtype={self.dtype.name!r}"] if self.dtype != np.float32 else []
+        channels = self.channels[0] if len(self.channels) == 1 else self.channels
+        return f"BatchNorm({', '.join([repr(channels), *shown])})"
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_saved": None}  # a pickled or copied layer leaves the last batch behind
+
+    def _arrays(self) -> dict[str, Array]:
+        names = ("gamma", "beta", "running_mean", "running_var")
+        return {name: a for name in names if (a := getattr(self, name)) is not None}
+
+    def _running(self, fn: str) -> tuple[Array, Array]:
+        if self.running_mean is None or self.running_var is None:
+            raise ValueError(f"{fn}: the layer keeps no running statistics; expected track_running_stats=True")
+        return self.running_mean, self.running_var
+
+    def _track(self, saved: Saved) -> None:
+        if not self.track_running_stats or not saved.count:
+            return
+        mean, var = self._running("BatchNorm")
+        self.num_batches_tracked += 1
+        if self.momentum is not None:
+            update_running(mean, var, saved.moments, momentum=self.momentum, correction=self.correction)
+        else:
+            self._pool += saved.moments
+            mean[...], var[...] = self._pool.mean, self._pool.var(self.correction)

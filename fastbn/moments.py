@@ -1,0 +1,207 @@
+"""Statistics on their own: `moments`, the mergeable value `Moments`, `update_running`."""
+
+from dataclasses import dataclass
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+
+from . import _check, kernels
+from ._layout import layout
+from ._memory import source
+from ._threads import run
+
+Array = npt.NDArray[Any]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Moments:
+    """Count, mean and centred sum of squares of each channel: a value that merges exactly.
+
+    ``m1 + m2`` are the moments of both sets of values together, so that statistics can be taken over batches, files,
+    processes or machines. `empty` is the zero of that sum.
+
+    Parameters
+    ----------
+    count : int
+        Values per channel.
+    mean : (C,) float64 array
+        Mean per channel.
+    m2 : (C,) float64 array
+        Sum of (x - mean)**2 per channel.
+
+    References
+    ----------
+    Chan, Golub, LeVeque 1983, "Algorithms for computing the sample variance", equation 2.1.
+
+    Examples
+    --------
+    >>> import numpy as np, fastbn
+    >>> a, b = np.array([[1.0], [2.0]]), np.array([[6.0]])
+    >>> m = fastbn.moments(a) + fastbn.moments(b)
+    >>> m.count, m.mean, m.var()
+    (3, array([3.]), array([4.66666667]))
+    """
+
+    count: int
+    mean: Array
+    m2: Array
+
+    def __post_init__(self) -> None:
+        fn = "Moments"
+        if isinstance(self.count, bool) or not hasattr(self.count, "__index__"):
+            raise TypeError(f"{fn}: count is {self.count!r}, expected an int")
+        object.__setattr__(self, "count", self.count.__index__())
+        if self.count < 0:
+            raise ValueError(f"{fn}: count is {self.count}, expected at least 0")
+        for name in ("mean", "m2"):
+            object.__setattr__(self, name, _check.array(fn, name, getattr(self, name)).astype(np.float64, copy=False))
+        if self.mean.shape != self.m2.shape:
+            raise ValueError(f"{fn}: m2 has shape {self.m2.shape}, expected {self.mean.shape}, the shape of mean")
+        if np.any(self.m2 < 0):
+            raise ValueError(f"{fn}: m2 has a negative value {self.m2.min()}, expected sums of squares")
+
+    @classmethod
+    def empty(cls, channels: int | tuple[int, ...]) -> Self:
+        """The moments of no values: ``Moments.empty(c) + m`` is m."""
+        return cls(0, np.zeros(channels), np.zeros(channels))
+
+    def merge(self, other: "Moments") -> "Moments":
+        """The moments of both sets of values together; the same as ``self + other``."""
+        if not isinstance(other, Moments):
+            raise TypeError(f"Moments.merge: other is of type {type(other).__name__}, expected Moments")
+        if self.mean.shape != other.mean.shape:
+            raise ValueError(
+                f"Moments.merge: other has channels of shape {other.mean.shape}, expected {self.mean.shape}"
+            )
+        if not other.count or not self.count:
+            return self if self.count else other
+        count = self.count + other.count
+        share = other.count / count
+        delta = other.mean - self.mean
+        return Moments(count, self.mean + delta * share, self.m2 + other.m2 + delta * delta * (self.count * share))
+
+    def __add__(self, other: object) -> "Moments":
+        return self.merge(other) if isinstance(other, Moments) else NotImplemented
+
+    def __radd__(self, other: object) -> "Moments":
+        # sum() starts from 0.
+        return self if isinstance(other, int) and other == 0 else NotImplemented
+
+    def var(self, correction: int = 0) -> Array:
+        """Variance per channel: m2 / (count - correction), NaN where that is 0 / 0.
+
+        Parameters
+        ----------
+        correction : 0 or 1
+            0 for the variance that normalizes, 1 for the unbiased estimate.
+        """
+        n = self.count - _check.correction("Moments.var", correction)
+        return self.m2 / n if n > 0 else np.full_like(self.m2, np.nan)
+
+    def std(self, correction: int = 0) -> Array:
+        """Standard deviation per channel: the square root of `var`."""
+        return np.sqrt(self.var(correction))
+
+
+def moments(x: npt.ArrayLike, *, axis: int | tuple[int, ...] = 1) -> Moments:
+    """Count, mean and centred sum of squares of each channel.
+
+    Parameters
+    ----------
+    x : (N, C, ...) array
+        float32, float64, integers or booleans; any rank and memory layout. Read only.
+    axis : int or tuple of ints
+        The **channel** axis, as in `batch_norm`; all others are reduced. ``()``: the whole array, shape ``()``.
+
+    Returns
+    -------
+    Moments
+        In float64. Of an empty x: count 0.
+
+    Raises
+    ------
+    ValueError, TypeError
+        As `batch_norm`.
+
+    Notes
+    -----
+    Reads x once (a channel whose first values lie many standard deviations from its mean is summed a second time). The
+    bits are those of `batch_norm_train`, and do not depend on threads.
+
+    Examples
+    --------
+    >>> import numpy as np, fastbn
+    >>> m = fastbn.moments(np.arange(6.0).reshape(3, 2))
+    >>> m.count, m.mean, m.std()
+    (3, array([2., 3.]), array([1.63299316, 1.63299316]))
+    """
+    fn = "moments"
+    x = _check.array(fn, "x", x)
+    lay = layout(x.shape, x.strides, x.itemsize, _check.axes(fn, axis, x.shape))
+    stats = np.zeros((2, lay.channels))
+    if lay.size:
+        flat = source(x, lay)
+        no_y = np.empty(0, _check.result_dtype(x))
+        kernel = kernels.forward.forward_runs if lay.whole.runs else kernels.forward.forward_rows
+        run(kernel, lay.size, flat, no_y, stats, stats, 0.0, float(lay.per_channel), True, False, lay.whole.sizes)
+    mean, m2 = stats.reshape(2, *lay.channel_shape)
+    return Moments(lay.per_channel, mean, m2)
+
+
+def update_running(
+    running_mean: Array, running_var: Array, m: Moments, *, momentum: float = 0.9, correction: int = 1
+) -> None:
+    """Move running statistics towards those of a batch, in place.
+
+    ``running = momentum * running + (1 - momentum) * batch``
+
+    Parameters
+    ----------
+    running_mean, running_var : (C,) float32 or float64 array
+        Overwritten.
+    m : Moments
+        Of the batch. With count 0 nothing changes.
+    momentum : float
+        From 0 to 1, the weight of the **old** value, as in CS231n, Keras, TensorFlow and ONNX (PyTorch's 0.1 is 0.9
+        here). To pool all batches exactly, add their `Moments` instead.
+    correction : 0 or 1
+        Of the batch variance: 1 for the unbiased estimate (PyTorch), 0 for the plain one (Keras, ONNX, CS231n).
+
+    Raises
+    ------
+    ValueError
+        Wrong shapes, read-only arrays, momentum outside [0, 1], a count of 1 with correction 1. Nothing is written.
+    TypeError
+        Wrong types or dtypes. Nothing is written.
+
+    Examples
+    --------
+    >>> import numpy as np, fastbn
+    >>> mean, var = np.zeros(1), np.ones(1)
+    >>> fastbn.update_running(mean, var, fastbn.moments(np.array([[1.0], [2.0], [3.0], [4.0]])))
+    >>> mean, var
+    (array([0.25]), array([1.06666667]))
+    """
+    fn = "update_running"
+    if not isinstance(m, Moments):
+        raise TypeError(f"{fn}: m is of type {type(m).__name__}, expected Moments")
+    _check.statistic(fn, "running_mean", running_mean, m.mean.shape)
+    _check.statistic(fn, "running_var", running_var, m.mean.shape)
+    momentum = _check.number(fn, "momentum", momentum, 0.0, 1.0)
+    correction = _check.correction(fn, correction)
+    if not m.count:
+        return
+    if m.count <= correction:
+        raise ValueError(f"{fn}: m.count is {m.count}, expected at least 2 with correction=1")
+    running_mean[...] = _blend(running_mean, m.mean, momentum)
+    running_var[...] = _blend(running_var, m.var(correction), momentum)
+
+
+def _blend(old: Array, new: Array, momentum: float) -> Array:
+    # Ends exactly at the one or the other: 0 * inf would be NaN.
+    if momentum == 0.0:
+        return new
+    if momentum == 1.0:
+        return old
+    return momentum * old.astype(np.float64) + (1.0 - momentum) * new

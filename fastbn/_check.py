@@ -125,7 +125,8 @@ def more_than_one(fn: str, lay: Layout, x: Array, axis: Any) -> None:
     """Training needs two values per channel: of one, the variance is 0 and y is beta whatever x is."""
     if lay.per_channel == 1 and lay.size:
         raise ValueError(
-            f"{fn}: x has one value per channel, expected at least two in training; x has shape {x.shape}, axis={axis!r}"
+            f"{fn}: x has one value per channel, expected at least two in training; "
+            f"x has shape {x.shape}, axis={axis!r}"
         )
 
 

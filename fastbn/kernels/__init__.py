@@ -18,7 +18,7 @@ The submodules load on first use, because they import Numba.
 import importlib
 from types import ModuleType
 
-__all__ = ["backward", "forward", "grid"]
+__all__ = ["backward", "forward", "grid", "yardsticks"]
 
 
 def __getattr__(name: str) -> ModuleType:

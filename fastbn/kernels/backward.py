@@ -17,7 +17,7 @@ and x twice, the second time from the end. dx may be dy.
 import numpy as np
 
 from .._jit import elementwise, exact, kernel, prange, reduction
-from .forward import FUSED, SUMS, WRITE, gather, spread
+from .forward import FUSED, ONE, SUMS, WRITE, ZERO, gather, spread
 from .leaves import normalize_row, normalize_run
 
 FROZEN = 3  # sums and dx of a tile at once: dx does not wait for the sums
@@ -88,18 +88,21 @@ def finish_sums(part, point, grads, first):
 
 
 @exact
-def dx_coefficients(point, grads, count, first, k):
+def dx_coefficients(point, grads, count, first, k, frozen):
     """k (4, channels) = scale, slope, centre, shift of dx = scale * dy + slope * (x - centre) + shift, in dx's dtype.
 
-    As in `affine`, what rounding the centre loses goes into shift.
+    As in `affine`, what rounding the centre loses goes into shift. Frozen: all but scale are 0.
     """
     for i in range(k.shape[1]):
         c = first + i
-        slope = -point[2, c] * point[1, c] * (grads[0, c] / count)
         k[0, i] = point[2, c]
-        k[1, i] = slope
-        k[2, i] = point[0, c]
-        k[3, i] = slope * (k[2, i] - point[0, c]) - point[2, c] * (grads[1, c] / count)
+        for row in range(1, 4):
+            k[row, i] = 0.0
+        if not frozen:
+            slope = -point[2, c] * point[1, c] * (grads[0, c] / count)
+            k[1, i] = slope
+            k[2, i] = point[0, c]
+            k[3, i] = slope * (k[2, i] - point[0, c]) - point[2, c] * (grads[1, c] / count)
 
 
 # ------------------------------------------------------------------------------------------------------------ long runs
@@ -110,7 +113,9 @@ def fused_channel(c, dy, x, dx, point, count, grads, outer, channels, inner, seg
     """All of one channel: its sums, and while dy and x are in the cache, its dx."""
     start = c * inner
     stride = channels * inner
-    part = np.zeros((1, 2, 1))
+    part = np.empty((1, 2, 1))
+    part[0, 0, 0] = 0.0
+    part[0, 1, 0] = 0.0
     for n in range(outer):
         i = start + n * stride
         for low in range(i, i + inner, segment):
@@ -120,7 +125,7 @@ def fused_channel(c, dy, x, dx, point, count, grads, outer, channels, inner, seg
             part[0, 1, 0] += q
     finish_sums(part, point, grads, c)
     k = np.empty((4, 1), dx.dtype)
-    dx_coefficients(point, grads, count, c, k)
+    dx_coefficients(point, grads, count, c, k, False)
     for n in range(outer):
         i = start + n * stride
         j = i + inner
@@ -152,9 +157,9 @@ def backward_runs(dy, x, dx, point, count, grads, frozen, sizes):
     outer, channels, inner, segment, fused, per_tile, tiles = sizes
     phase = FUSED if fused else FROZEN if frozen else SUMS
     part = np.empty((0 if fused else outer * -(-inner // segment), 2, channels))
-    k = np.zeros((4, channels), dx.dtype)
+    k = np.empty((4, channels), dx.dtype)
     if phase == FROZEN:
-        k[0] = point[2]
+        dx_coefficients(point, grads, count, ZERO, k, True)
     while True:
         for t in prange(tiles):
             if phase == FUSED:
@@ -166,10 +171,10 @@ def backward_runs(dy, x, dx, point, count, grads, frozen, sizes):
                 )  # fmt: skip
         if phase == FUSED or phase == WRITE:
             break
-        finish_sums(part, point, grads, 0)
+        finish_sums(part, point, grads, ZERO)
         if phase == FROZEN:
             break
-        dx_coefficients(point, grads, count, 0, k)
+        dx_coefficients(point, grads, count, ZERO, k, False)
         phase = WRITE
 
 
@@ -179,9 +184,10 @@ def backward_runs(dy, x, dx, point, count, grads, frozen, sizes):
 @exact
 def block_products(dy, x, start, rows, stride, centre, s, q):
     """Set the column sums s and q over `rows` rows, `stride` elements apart, from element `start` on."""
-    s[:] = 0.0
-    q[:] = 0.0
     w = centre.size
+    for j in range(w):
+        s[j] = 0.0
+        q[j] = 0.0
     swept = rows // 2 * 2
     for r in range(0, swept, 2):
         i = start + r * stride
@@ -197,15 +203,16 @@ def strip_products(dy, x, start, rows, stride, rest, inner, centre, part, b, fir
     """Set part[b, :, first ...] to the sums of `rows` rows of a strip, and of `rest` elements of one row more."""
     sums = part[b, 0, first : first + centre.size]
     products = part[b, 1, first : first + centre.size]
-    sums[:] = 0.0
-    products[:] = 0.0
+    for c in range(centre.size):
+        sums[c] = 0.0
+        products[c] = 0.0
     spread(centre, inner, columns[0])
     block_products(dy, x, start, rows, stride, columns[0], columns[1], columns[2])
     gather(columns[1], inner, sums)
     gather(columns[2], inner, products)
     if rest > 0:
         end = start + rows * stride
-        block_products(dy, x, end, 1, stride, columns[0, :rest], columns[1, :rest], columns[2, :rest])
+        block_products(dy, x, end, ONE, stride, columns[0, :rest], columns[1, :rest], columns[2, :rest])
         gather(columns[1, :rest], inner, sums)
         gather(columns[2, :rest], inner, products)
 
@@ -238,16 +245,13 @@ def rows_tile(phase, t, dy, x, dx, point, count, grads, part, sizes):
     centre = point[0, first:last]
     if phase == FUSED:
         own = np.empty((1, 2, last - first))
-        strip_products(dy, x, start, rows, width, rest, inner, centre, own, 0, 0, columns)
+        strip_products(dy, x, start, rows, width, rest, inner, centre, own, ZERO, ZERO, columns)
         finish_sums(own, point, grads, first)
     elif phase != WRITE:
         strip_products(dy, x, start, rows, width, rest, inner, centre, part, b, first, columns)
     if phase != SUMS:
-        k = np.zeros((4, last - first), dx.dtype)
-        if phase == FROZEN:
-            k[0] = point[2, first:last]
-        else:
-            dx_coefficients(point, grads, count, first, k)
+        k = np.empty((4, last - first), dx.dtype)
+        dx_coefficients(point, grads, count, first, k, phase == FROZEN)
         spread_k = np.empty((4, w), dx.dtype)
         for i in range(4):
             spread(k[i], inner, spread_k[i])
@@ -269,7 +273,7 @@ def backward_rows(dy, x, dx, point, count, grads, frozen, sizes):
             )  # fmt: skip
         if phase == FUSED or phase == WRITE:
             break
-        finish_sums(part, point, grads, 0)
+        finish_sums(part, point, grads, ZERO)
         if phase == FROZEN:
             break
         phase = WRITE

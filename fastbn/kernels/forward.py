@@ -17,6 +17,9 @@ from .leaves import affine, block_sums, inverse_std, normalize_row, normalize_ru
 
 FUSED, SUMS, WRITE = 0, 1, 2  # what a parallel region does with each of its tiles
 
+# Typed: for a literal in their place Numba would compile the called function once more.
+ZERO, ONE = np.intp(0), np.intp(1)
+
 PIVOT_RUN = 256  # elements of a long run whose mean is the pivot
 PIVOT_ROWS = 16  # values of a channel, taken from the first rows, for the same
 
@@ -107,7 +110,7 @@ def forward_runs(x, y, stats, params, eps, count, measure, write, sizes):
         for c in range(channels):
             pivot[c] = run_pivot(x[c * inner : c * inner + min(PIVOT_RUN, inner)])
     elif phase == WRITE:
-        channel_coefficients(stats, params, eps, count, 0, coefficients)
+        channel_coefficients(stats, params, eps, count, ZERO, coefficients)
     final = False
     while True:
         for t in prange(tiles):
@@ -122,10 +125,10 @@ def forward_runs(x, y, stats, params, eps, count, measure, write, sizes):
                 )  # fmt: skip
         if phase != SUMS:
             break
-        if settle(part, pivot, count, stats, 0, final):
+        if settle(part, pivot, count, stats, ZERO, final):
             if not write:
                 break
-            channel_coefficients(stats, params, eps, count, 0, coefficients)
+            channel_coefficients(stats, params, eps, count, ZERO, coefficients)
             phase = WRITE
         final = True
 
@@ -176,14 +179,15 @@ def strip_sums(x, start, rows, stride, rest, inner, pivot, part, b, first, colum
     """Set part[b, :, first ...] to the sums of `rows` rows of a strip, and of `rest` elements of one row more."""
     sums = part[b, 0, first : first + pivot.size]
     squares = part[b, 1, first : first + pivot.size]
-    sums[:] = 0.0
-    squares[:] = 0.0
+    for c in range(pivot.size):
+        sums[c] = 0.0
+        squares[c] = 0.0
     spread(pivot, inner, columns[0])
     block_sums(x, start, rows, stride, columns[0], columns[1], columns[2])
     gather(columns[1], inner, sums)
     gather(columns[2], inner, squares)
     if rest > 0:
-        block_sums(x, start + rows * stride, 1, stride, columns[0, :rest], columns[1, :rest], columns[2, :rest])
+        block_sums(x, start + rows * stride, ONE, stride, columns[0, :rest], columns[1, :rest], columns[2, :rest])
         gather(columns[1, :rest], inner, sums)
         gather(columns[2, :rest], inner, squares)
 
@@ -220,7 +224,7 @@ def rows_tile(phase, t, x, y, stats, params, eps, count, measure, write, part, p
         own = np.empty((1, 2, last - first))
         row_pivots(x, start, rows, width, inner, pivot, columns)
         for attempt in range(2):
-            strip_sums(x, start, rows, width, rest, inner, pivot, own, 0, 0, columns)
+            strip_sums(x, start, rows, width, rest, inner, pivot, own, ZERO, ZERO, columns)
             if settle(own, pivot, count, stats, first, attempt == 1):
                 break
     if phase == WRITE or (phase == FUSED and write):
@@ -242,7 +246,7 @@ def forward_rows(x, y, stats, params, eps, count, measure, write, sizes):
     tiles = blocks * panels
     if phase == SUMS:
         columns = np.empty((3, channels * inner))
-        row_pivots(x, 0, total // (channels * inner), channels * inner, inner, pivot, columns)
+        row_pivots(x, ZERO, total // (channels * inner), channels * inner, inner, pivot, columns)
     final = False
     while True:
         for t in prange(tiles):
@@ -252,7 +256,7 @@ def forward_rows(x, y, stats, params, eps, count, measure, write, sizes):
             )  # fmt: skip
         if phase != SUMS:
             break
-        if settle(part, pivot, count, stats, 0, final):
+        if settle(part, pivot, count, stats, ZERO, final):
             if not write:
                 break
             phase = WRITE

@@ -54,9 +54,10 @@ def four_row_sums(a, b, c, d, pivot, s, q):
 @exact
 def block_sums(x, start, rows, stride, pivot, s, q):
     """Set the column sums s and q over `rows` rows, `stride` elements apart, from x[start] on."""
-    s[:] = 0.0
-    q[:] = 0.0
     w = pivot.size
+    for j in range(w):
+        s[j] = 0.0
+        q[j] = 0.0
     swept = rows // 4 * 4
     for r in range(0, swept, 4):
         i = start + r * stride

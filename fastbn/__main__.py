@@ -1,0 +1,130 @@
+"""`python -m fastbn`: what this machine gets; `python -m fastbn warmup`: compile ahead."""
+
+import argparse
+import datetime
+import sys
+import time
+from collections.abc import Sequence
+
+from . import __version__, _measure, get_num_threads, set_num_threads, warmup
+from ._config import config
+from ._measure import BATCH, OPERATIONS, RESNET50, YARDSTICKS, Layer, Operation, ratio, table_sum
+
+#: Larger errors than this, in units of the largest value of the result, are a bug: four roundings of float32.
+TOLERANCE = 4 * 2**-23
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; 0 if every result was right."""
+    parser = argparse.ArgumentParser(prog="python -m fastbn", description=__doc__)
+    parser.add_argument("--threads", type=int, help="use at most this many threads (default: all that may be used)")
+    parser.add_argument("--rounds", type=int, default=7, help="rounds of which the fastest counts (default: 7)")
+    parser.add_argument("--no-peers", action="store_true", help="fastbn and the yardsticks alone")
+    parser.add_argument("--markdown", action="store_true", help="print the tables as Markdown")
+    commands = parser.add_subparsers(dest="command", metavar="command")
+    ahead = commands.add_parser("warmup", help="compile every verb and fill the disk cache")
+    ahead.add_argument("--dtypes", nargs="+", default=["float32"], help="default: float32")
+    ahead.add_argument("--axes", nargs="+", type=int, default=[1, -1], help="channel axes, default: 1 -1")
+    options = parser.parse_args(arguments)
+    if options.threads is not None:
+        set_num_threads(options.threads)
+    if options.command == "warmup":
+        start = time.perf_counter()
+        warmup(options.dtypes, options.axes, progress=sys.stderr.isatty())
+        print(f"compiled for {', '.join(options.dtypes)} in {time.perf_counter() - start:.1f} s")
+        print(f"cache folder: {config()['cache folder']}")
+        return 0
+    return _table(options)
+
+
+def _table(options: argparse.Namespace) -> int:
+    start = time.perf_counter()
+    _progress("compiling (the first time on a machine takes half a minute at most)")
+    layers: list[Layer] = []
+    measuring = _measure.measure(RESNET50, options.rounds, not options.no_peers)
+    for channels, side, _ in RESNET50:
+        _progress(f"layer {len(layers) + 1} of {len(RESNET50)}: ({BATCH}, {channels}, {side}, {side})")
+        layers.append(next(measuring))
+    _progress("")
+    show = _markdown if options.markdown else _plain
+    print(f"fastbn {__version__}: ResNet-50's 53 batch-norm layers, batch {BATCH}, float32, out= given")
+    print(_environment())
+    print()
+    show(*_summary(layers))
+    print()
+    print("Every operation per layer, in units of copy:")
+    print()
+    show(*_per_layer(layers))
+    print()
+    copy = table_sum(layers, "copy")
+    sums = ", ".join(f"{name} {table_sum(layers, name) / copy:.2f}" for name in YARDSTICKS)
+    print(f"ratio = time / limit. limit: what memory allows (in units of copy: {sums}).")
+    print("copy: y = x*1 + 0.5, in parallel. times NumPy, times PyTorch: their time over fastbn's (in-place NumPy,")
+    print("PyTorch with fresh outputs). error: of 8 channels a layer against float64, over the largest value.")
+    worst = max(e for layer in layers for e in layer.errors.values())
+    right = worst <= TOLERANCE
+    print(
+        f"results {'right' if right else 'WRONG'}: largest error {worst:.1e}; took {time.perf_counter() - start:.0f} s"
+    )
+    return 0 if right else 1
+
+
+def _summary(layers: list[Layer]) -> tuple[list[str], list[list[str]]]:
+    peers = {"times NumPy": "numpy", "times PyTorch": "torch"}
+    peers = {title: name for title, name in peers.items() if f"{name} {OPERATIONS[0].key}" in layers[0].seconds}
+    head = ["operation", "layout", "ms", "GB/s", "limit", "ratio", "goal", *peers, "error"]
+    return head, [_summary_row(layers, op, list(peers.values())) for op in OPERATIONS]
+
+
+def _summary_row(layers: list[Layer], op: Operation, peers: list[str]) -> list[str]:
+    seconds = table_sum(layers, f"fastbn {op.key}")
+    moved = sum(layer.times * layer.elements * op.tensors * 4 for layer in layers)
+    against = [f"{table_sum(layers, f'{peer} {op.key}') / seconds:.1f}" for peer in peers]
+    error = max(layer.errors[op.key] for layer in layers)
+    return [
+        op.name, op.layout, f"{seconds * 1e3:.1f}", f"{moved / seconds / 1e9:.1f}", " + ".join(op.limit),
+        f"{ratio(layers, op):.2f}", f"{op.goal:.2f}", *against, f"{error:.0e}",
+    ]  # fmt: skip
+
+
+def _per_layer(layers: list[Layer]) -> tuple[list[str], list[list[str]]]:
+    short = {"train forward": "fwd", "backward": "bwd", "inference": "inf"}
+    head = ["channels", "side", "times", "copy ms", *(f"{short[op.name]} {op.layout}" for op in OPERATIONS)]
+    rows = []
+    for layer in layers:
+        copy = layer.seconds["copy"]
+        ratios = [f"{layer.seconds[f'fastbn {op.key}'] / copy:.2f}" for op in OPERATIONS]
+        rows.append([str(layer.channels), str(layer.side), str(layer.times), f"{copy * 1e3:.2f}", *ratios])
+    return head, rows
+
+
+def _environment() -> str:
+    c = config()
+    threads = f"{get_num_threads()} threads, {c['threading layer']}"
+    today = datetime.datetime.now(datetime.UTC).date()
+    return f"{c['cpu']}, {threads}; numba {c['numba']}, numpy {c['numpy']}, python {c['python']}; {today}"
+
+
+def _plain(head: list[str], rows: list[list[str]]) -> None:
+    widths = [max(len(r[i]) for r in [head, *rows]) for i in range(len(head))]
+    for r in [head, *rows]:
+        cells = (
+            f"{c:<{w}}" if i < 2 and not c.isdigit() else f"{c:>{w}}"
+            for i, (c, w) in enumerate(zip(r, widths, strict=True))
+        )
+        print("  ".join(cells).rstrip())
+
+
+def _markdown(head: list[str], rows: list[list[str]]) -> None:
+    for r in [head, ["---"] * len(head), *rows]:
+        print(f"| {' | '.join(r)} |")
+
+
+def _progress(message: str) -> None:
+    """One line that replaces itself on a terminal; nothing where stderr is a file or a pipe."""
+    if sys.stderr.isatty():
+        print(f"\r\033[K{message}", end="", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

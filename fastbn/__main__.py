@@ -59,8 +59,9 @@ def _table(options: argparse.Namespace) -> int:
     copy = table_sum(layers, "copy")
     sums = ", ".join(f"{name} {table_sum(layers, name) / copy:.2f}" for name in YARDSTICKS)
     print(f"ratio = time / limit. limit: what memory allows (in units of copy: {sums}).")
-    print("copy: y = x*1 + 0.5, in parallel. times NumPy, times PyTorch: their time over fastbn's (in-place NumPy,")
-    print("PyTorch with fresh outputs). error: of 8 channels a layer against float64, over the largest value.")
+    print("copy: y = x*1 + 0.5, in parallel. error: of 8 channels a layer against float64, over the largest value.")
+    if not options.no_peers:
+        print("times NumPy, times PyTorch: their time over fastbn's (NumPy in place, PyTorch with fresh outputs).")
     worst = max(e for layer in layers for e in layer.errors.values())
     right = worst <= TOLERANCE
     print(

@@ -132,10 +132,11 @@ def more_than_one(fn: str, lay: Layout, x: Array, axis: Any) -> None:
 
 def out(
     fn: str, value: Any, shape: tuple[int, ...], expected: np.dtype[Any], same: Array, reads: dict[str, Array]
-) -> None:
+) -> bool:
     """The caller's output array: right shape and dtype, writable, and sharing memory with nothing but `same` itself.
 
-    `same` is the input that may be overwritten in place; `reads` are all arrays that the call reads.
+    `same` is the input that may be overwritten in place; `reads` are all arrays that the call reads. Returns whether
+    `value` is that array.
     """
     if not isinstance(value, np.ndarray):
         raise TypeError(f"{fn}: out is of type {type(value).__name__}, expected a NumPy array")
@@ -149,11 +150,13 @@ def out(
         raise ValueError(f"{fn}: out is read-only, expected a writable array")
     if any(s == 0 and n > 1 for s, n in zip(value.strides, value.shape, strict=True)):
         raise ValueError(f"{fn}: out has strides {value.strides}: its elements overlap, expected distinct ones")
+    in_place = False
     for name, a in reads.items():
         if a is same and _identical(value, a):
-            continue
-        if _overlap(value, a):
+            in_place = True
+        elif _overlap(value, a):
             raise ValueError(f"{fn}: out shares memory with {name} without being the same array; expected no overlap")
+    return in_place
 
 
 def _identical(a: Array, b: Array) -> bool:

@@ -158,14 +158,12 @@ def batch_norm_train(
     params = _params(fn, gamma, beta, lay, _check.channels_of(x, axis))
     _check.more_than_one(fn, lay, x, axis)
     dtype = _check.result_dtype(x)
-    if out is not None:
-        _check.out(fn, out, x.shape, dtype, x, {"x": x})
+    overwritten = out is not None and _check.out(fn, out, x.shape, dtype, x, {"x": x})
     target = Target(x, dtype, lay, out)
     stats = np.zeros((2, lay.channels))
     if lay.size:
         _forward(target.source(x, lay), target.flat, stats, params, eps, float(lay.per_channel), lay, measure=True)
     y = target.finish()
-    overwritten = out is not None and np.may_share_memory(out, x)
     saved = Saved(
         y if overwritten else x, lay, stats, params, eps,
         dtypes=(_dtype_of(gamma, dtype), _dtype_of(beta, dtype)), frozen=False, overwritten=overwritten,

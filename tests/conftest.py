@@ -1,0 +1,40 @@
+"""Set before anything imports Numba: a kernel cache that is warm the second time and never wrong; and the seeds."""
+
+import hashlib
+import os
+import sys
+import tempfile
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "fastbn"
+
+
+def _cache_folder() -> Path:
+    """Named by all that decides the machine code: sources, Numba's version and settings, Python's version."""
+    digest = hashlib.sha256(f"{version('numba')} {version('llvmlite')} {sys.version}".encode())
+    for path in sorted(PACKAGE.rglob("*.py")):
+        digest.update(path.read_bytes())
+    for name in sorted(os.environ):
+        if name.startswith("NUMBA_") and name != "NUMBA_CACHE_DIR":
+            digest.update(f"{name}={os.environ[name]}".encode())
+    return Path(tempfile.gettempdir(), f"fastbn-test-cache-{digest.hexdigest()[:12]}")
+
+
+os.environ["NUMBA_CACHE_DIR"] = str(_cache_folder())
+
+import numpy as np  # noqa: E402
+from hypothesis import settings  # noqa: E402
+
+# No database: a failure prints the example and the line that repeats it; nothing is written beside the project.
+settings.register_profile("default", max_examples=25, derandomize=True, deadline=None, database=None)
+settings.register_profile("long", max_examples=1000, deadline=None, database=None, print_blob=True)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
+
+
+@pytest.fixture
+def rng():
+    """The same numbers in every test, whatever ran before it."""
+    return np.random.default_rng(20150211)

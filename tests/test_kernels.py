@@ -1,0 +1,151 @@
+"""One body, three ways to run it: plain Python, serial, parallel. Serial and parallel give the same bits."""
+
+import functools
+import hashlib
+import importlib
+import inspect
+import json
+
+import numpy as np
+import pytest
+from arrays import BIG, FLOATS, SMALL
+from subprocesses import TESTS, run_python, run_script
+
+import fastbn
+from fastbn.kernels import backward, forward
+
+VERBS = [importlib.import_module(f"fastbn.{name}") for name in ("functional", "moments")]
+ALL = forward.forward_runs, forward.forward_rows, backward.backward_runs, backward.backward_rows
+KERNELS = {k.body.__name__: k for k in ALL}
+OUTPUTS = {"y", "stats", "dx", "grads"}
+DIGESTS = [BIG[0], BIG[2], BIG[3], BIG[6], BIG[8], BIG[10], BIG[12]]
+
+
+def force(patch, call):
+    """Every call of a kernel becomes call(kernel, *args)."""
+    for module in VERBS:
+        patch.setattr(module, "run", lambda kernel, size, *args: call(kernel, *args))
+
+
+def digests(d, axis):
+    """sha256 of everything that the verbs compute."""
+    m = fastbn.moments(d.x, axis=axis)
+    y, saved = fastbn.batch_norm_train(d.x, d.gamma, d.beta, axis=axis)
+    z = fastbn.batch_norm(d.x, d.mean, d.var, d.gamma, d.beta, axis=axis)
+    frozen = fastbn.Saved.fixed(d.x, d.mean, d.var, d.gamma, axis=axis)
+    results = {"mean": m.mean, "m2": m.m2, "y": y, "saved mean": saved.mean, "saved var": saved.var, "inference": z}
+    for name, s in (("backward", saved), ("frozen", frozen)):
+        for part, a in zip(("dx", "dgamma", "dbeta"), fastbn.batch_norm_backward(d.dy, s), strict=True):
+            results[f"{name} {part}"] = a
+    return {name: hashlib.sha256(a.tobytes("K")).hexdigest() for name, a in results.items()}
+
+
+@functools.cache
+def digests_of_threads():
+    """Digests of the cases under every number of threads, from a process whose Numba has four."""
+    return json.loads(run_python("digests.py", NUMBA_NUM_THREADS="4"))
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("case", DIGESTS, ids=str)
+def test_the_bits_do_not_depend_on_threads(monkeypatch, case, dtype):
+    d = case.data(np.random.default_rng(1), dtype)
+    force(monkeypatch, lambda kernel, *args: kernel.serial(*args))
+    serial = digests(d, case.axis)
+    found = digests_of_threads()[f"{case}-{dtype}"]
+    assert sorted(found) == ["1", "2", "4", "parallel by 1", "parallel by 2", "parallel by 4", "serial"]
+    for threads, results in found.items():
+        assert results == serial, f"{threads} threads differ from serial"
+
+
+def test_every_grid_is_among_the_digests():
+    assert {c.grid("float32") for c in DIGESTS} == {(r, f, True) for r in (True, False) for f in (True, False)}
+
+
+@pytest.mark.parametrize("case", [SMALL[0], SMALL[1], SMALL[8], SMALL[-1]], ids=str)
+def test_the_parallel_build_of_small_arrays_is_the_serial_one(monkeypatch, rng, case):
+    d = case.data(rng, "float32")
+    results = []
+    for build in ("serial", "parallel"):
+        force(monkeypatch, lambda kernel, *args, build=build: getattr(kernel, build)(*args))
+        results.append(digests(d, case.axis))
+    assert results[0] == results[1]
+
+
+def test_every_kernel_runs_as_plain_python():
+    script = "-m", "pytest", "-q", "-p", "no:cacheprovider", str(TESTS / "test_verbs.py"), "-k", "small"
+    printed = run_python(*script, cwd=TESTS.parent, NUMBA_DISABLE_JIT="1")
+    assert " passed" in printed
+
+
+def test_no_jit_means_no_jit():
+    printed = run_script("from fastbn.kernels import forward; print(type(forward.forward_runs.serial).__name__)",
+                         NUMBA_DISABLE_JIT="1")  # fmt: skip
+    assert printed == "function\n"
+
+
+def read_only(a):
+    if isinstance(a, np.ndarray):
+        a = a.view()
+        a.flags.writeable = False
+    return a
+
+
+@pytest.mark.parametrize("case", [SMALL[0], SMALL[-1]], ids=str)
+def test_kernels_compile_with_read_only_inputs(monkeypatch, rng, case):
+    """A kernel that wrote to an input would not compile."""
+    used = set()
+
+    def call(kernel, *args):
+        used.add(kernel.body.__name__)
+        names = inspect.signature(kernel.body).parameters
+        assert OUTPUTS & set(names)
+        kernel.serial(*(a if name in OUTPUTS else read_only(a) for name, a in zip(names, args, strict=True)))
+
+    d = case.data(rng, "float32")
+    plain = digests(d, case.axis)
+    force(monkeypatch, call)
+    assert digests(d, case.axis) == plain
+    assert len(used) == 2
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_a_dtype_is_compiled_once(rng, name):
+    """Views, read-only arrays, omitted and foreign parameters bring no signature of their own."""
+    kernel, case = KERNELS[name], SMALL[-1] if name.endswith("runs") else SMALL[0]
+    d = case.data(rng, "float32")
+
+    def every_verb(x, dy, gamma, beta):
+        y, saved = fastbn.batch_norm_train(x, gamma, beta)
+        fastbn.batch_norm(x, 0, 1, gamma, beta, out=y)
+        fastbn.batch_norm_backward(dy, saved)
+        fastbn.batch_norm_backward(dy, fastbn.Saved.fixed(x, 0, 1, gamma))
+        fastbn.moments(x)
+
+    every_verb(d.x, d.dy, None, None)
+    before = len(kernel.serial.signatures)
+    frozen = d.x.copy(), d.dy.copy()
+    for a in frozen:
+        a.flags.writeable = False
+    every_verb(*frozen, d.gamma.astype("float64"), 1)
+    every_verb(d.x[:, ::-1], d.dy[::-1], d.gamma, [1] * d.beta.size)
+    every_verb(d.x.astype(">f4"), d.dy.astype(">f4"), d.gamma, d.beta)
+    assert len(kernel.serial.signatures) == before
+
+
+def test_dy_of_the_other_dtype_is_converted_not_compiled(rng):
+    d = SMALL[0].data(rng, "float32")
+    _, saved = fastbn.batch_norm_train(d.x)
+    expected = fastbn.batch_norm_backward(d.dy, saved)
+    before = len(backward.backward_rows.serial.signatures)
+    found = fastbn.batch_norm_backward(d.dy.astype("float64"), saved)
+    assert len(backward.backward_rows.serial.signatures) == before
+    for a, b in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_the_two_builds_have_names_of_their_own(name):
+    kernel = KERNELS[name]
+    names = {kernel.serial.py_func.__qualname__, kernel.parallel.py_func.__qualname__, kernel.body.__qualname__}
+    assert len(names) == 3

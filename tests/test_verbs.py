@@ -1,0 +1,148 @@
+"""Every verb against the oracle, for every layout and dtype, within the one error budget."""
+
+import numpy as np
+import pytest
+import reference
+from arrays import BIG, CASES, EDGES, FLOATS, INTEGERS, SMALL, Case
+from reference import assert_within
+
+import fastbn
+
+TABLE = [
+    *(pytest.param(c, d, id=f"{'small' if c in SMALL else 'large'}-{c}-{d}") for c in CASES for d in FLOATS),
+    *(pytest.param(c, d, id=f"small-{c}-{d}") for c in (SMALL[0], SMALL[-1]) for d in INTEGERS),
+    *(pytest.param(c, "int8", id=f"large-{c}-int8") for c in (BIG[0], BIG[8])),
+]
+
+
+@pytest.mark.parametrize(("case", "dtype"), TABLE)
+def test_every_verb(rng, case, dtype):
+    d = case.data(rng, dtype)
+    r = reference.result_dtype(d.x.dtype)
+    mean, var = reference.mean_var(d.x, case.axis)
+
+    m = fastbn.moments(d.x, axis=case.axis)
+    assert m.count == reference.count(d.x, case.axis)
+    assert_within(m.mean, mean, reference.tolerance("float64", 0, abs(mean) + np.sqrt(var)), "mean")
+    assert_within(m.var(), var, reference.tolerance("float64", 0, var), "var")
+
+    y, saved = fastbn.batch_norm_train(d.x, d.gamma, d.beta, axis=case.axis)
+    assert y.dtype == r
+    assert y.strides == np.empty_like(d.x, dtype=r).strides
+    expected = reference.train(d.x, d.gamma, d.beta, axis=case.axis)
+    assert_within(y, expected.y, expected.budget, "train y")
+    np.testing.assert_array_equal(saved.mean, m.mean)
+    np.testing.assert_array_equal(saved.moments.m2, m.m2)
+
+    dx, dgamma, dbeta = fastbn.batch_norm_backward(d.dy, saved)
+    assert (dx.dtype, dgamma.dtype, dbeta.dtype) == (r, r, r)
+    assert dx.strides == y.strides
+    expected = reference.backward(d.dy, d.x, d.gamma, axis=case.axis)
+    assert_within(dgamma, expected.dgamma, expected.dgamma_budget, "dgamma")
+    assert_within(dbeta, expected.dbeta, expected.dbeta_budget, "dbeta")
+    assert_within(dx, expected.dx, expected.dx_budget, "dx")
+
+    y = fastbn.batch_norm(d.x, d.mean, d.var, d.gamma, d.beta, axis=case.axis)
+    assert y.dtype == r
+    expected = reference.infer(d.x, d.mean, d.var, d.gamma, d.beta, axis=case.axis)
+    assert_within(y, expected.y, expected.budget, "y")
+
+    saved = fastbn.Saved.fixed(d.x, d.mean, d.var, d.gamma, d.beta, axis=case.axis)
+    dx, dgamma, dbeta = fastbn.batch_norm_backward(d.dy, saved)
+    expected = reference.backward(d.dy, d.x, d.gamma, axis=case.axis, fixed=(d.mean, d.var))
+    assert_within(dgamma, expected.dgamma, expected.dgamma_budget, "frozen dgamma")
+    assert_within(dbeta, expected.dbeta, expected.dbeta_budget, "frozen dbeta")
+    assert_within(dx, expected.dx, expected.dx_budget, "frozen dx")
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_the_table_reaches_every_grid(dtype):
+    # Split rows begin where parallel calls do; below, they come in inference and in the frozen backward.
+    assert {c.grid(dtype) for c in EDGES + SMALL} >= {(r, f, False) for r, f in ((1, 1), (1, 0), (0, 1))}
+    assert {c.grid(dtype) for c in BIG} == {(r, f, True) for r in (True, False) for f in (True, False)}
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_train_statistics_fed_to_inference_give_the_training_output(rng, dtype):
+    case = SMALL[0]
+    d = case.data(rng, dtype)
+    y, saved = fastbn.batch_norm_train(d.x, d.gamma, d.beta)
+    z = fastbn.batch_norm(d.x, saved.mean, saved.var, d.gamma, d.beta)
+    np.testing.assert_array_max_ulp(y, z, 1)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize(("gamma", "beta"), [(True, False), (False, True), (False, False)])
+def test_omitted_parameters_are_one_and_zero(rng, dtype, gamma, beta):
+    d = SMALL[0].data(rng, dtype)
+    given = (d.gamma if gamma else None, d.beta if beta else None)
+    full = (d.gamma if gamma else np.ones_like(d.gamma), d.beta if beta else np.zeros_like(d.beta))
+    (y, saved), (z, full_saved) = fastbn.batch_norm_train(d.x, *given), fastbn.batch_norm_train(d.x, *full)
+    np.testing.assert_array_equal(y, z)
+    for a, b in zip(fastbn.batch_norm_backward(d.dy, saved), fastbn.batch_norm_backward(d.dy, full_saved), strict=True):
+        assert a.dtype == b.dtype
+        np.testing.assert_array_equal(a, b)
+    np.testing.assert_array_equal(
+        fastbn.batch_norm(d.x, d.mean, d.var, *given), fastbn.batch_norm(d.x, d.mean, d.var, *full)
+    )
+
+
+def test_parameters_may_be_scalars_lists_and_of_another_dtype(rng):
+    d = SMALL[0].data(rng, "float32")
+    y = fastbn.batch_norm(d.x, 0.5, 2, 3.0, -1)
+    np.testing.assert_array_equal(
+        y, fastbn.batch_norm(d.x, [0.5] * 3, [2] * 3, np.full(3, 3.0), np.full(3, -1, "int8"))
+    )
+    y, saved = fastbn.batch_norm_train(d.x, d.gamma.astype("float64"), d.beta)
+    _, dgamma, dbeta = fastbn.batch_norm_backward(d.dy, saved)
+    assert (y.dtype, dgamma.dtype, dbeta.dtype) == (np.float32, np.float64, np.float32)
+
+
+def test_lists_are_taken_as_numpy_would():
+    y, saved = fastbn.batch_norm_train([[1.0, 10.0], [3.0, 30.0]], [1, 1], eps=0)
+    np.testing.assert_array_equal(y, [[-1, -1], [1, 1]])
+    assert y.dtype == np.float64
+    dx, _, dbeta = fastbn.batch_norm_backward([[1.0, 2.0], [3.0, 4.0]], saved)
+    np.testing.assert_array_equal(dbeta, [4, 6])
+    assert dx.shape == (2, 2)
+    assert fastbn.moments([[1], [3]]).mean == 2
+
+
+def test_one_value_per_channel_can_be_inferred():
+    y = fastbn.batch_norm(np.arange(6.0).reshape(2, 3), np.zeros((2, 3)), np.ones((2, 3)), axis=(0, 1), eps=0)
+    np.testing.assert_array_equal(y, np.arange(6.0).reshape(2, 3))
+    y = fastbn.batch_norm(np.arange(3.0), [0, 1, 2], [1, 1, 1], axis=0, eps=0)
+    np.testing.assert_array_equal(y, [0, 0, 0])
+
+
+@pytest.mark.parametrize("shape", [(0, 3, 4), (2, 3, 0), (0,), (0, 3)])
+def test_an_empty_batch_gives_an_empty_result(shape):
+    axis = 1 if len(shape) > 1 else ()
+    x = np.zeros(shape, "float32")
+    y, saved = fastbn.batch_norm_train(x, axis=axis)
+    assert y.shape == shape
+    assert saved.count == saved.moments.count == 0
+    dx, dgamma, dbeta = fastbn.batch_norm_backward(y, saved)
+    assert dx.shape == shape
+    assert not dgamma.any()
+    assert not dbeta.any()
+    assert fastbn.moments(x, axis=axis).count == 0
+    zeros = np.zeros(saved.mean.shape)
+    assert fastbn.batch_norm(x, zeros, zeros + 1, axis=axis).shape == shape
+
+
+def test_no_channels():
+    x = np.zeros((4, 0, 5), "float32")
+    y, saved = fastbn.batch_norm_train(x, np.zeros(0), np.zeros(0))
+    assert y.shape == x.shape
+    assert [a.shape for a in fastbn.batch_norm_backward(y, saved)] == [(4, 0, 5), (0,), (0,)]
+    assert fastbn.batch_norm(x, [], []).shape == x.shape
+    assert fastbn.moments(x).mean.shape == (0,)
+
+
+@pytest.mark.parametrize("axis", [1, (1,), -3, (-3,)])
+def test_ways_to_say_the_same_axis(rng, axis):
+    d = Case("NCHW", (4, 3, 5, 7)).data(rng, "float32")
+    np.testing.assert_array_equal(
+        fastbn.batch_norm_train(d.x, d.gamma, axis=axis)[0], fastbn.batch_norm_train(d.x, d.gamma)[0]
+    )

@@ -55,7 +55,11 @@ def infer(x, mean, var, gamma=1.0, beta=0.0, *, axis=1, eps=1e-5):
 
 def train(x, gamma=1.0, beta=0.0, *, axis=1, eps=1e-5):
     mean, var = mean_var(x, axis)
-    return infer(x, mean, var, gamma, beta, axis=axis, eps=eps)
+    result = infer(x, mean, var, gamma, beta, axis=axis, eps=eps)
+    # 14 digits of the variance are those of 2 / invstd; a mean has them of the size of what it adds up.
+    mean_moves = abs(spread(gamma * np.sqrt(var) * invstd(var, eps), x, axis))
+    result.budget += tolerance("float64", 0, abs(result.y - spread(beta, x, axis)) / 2 + mean_moves)
+    return result
 
 
 def backward(dy, x, gamma=1.0, *, axis=1, eps=1e-5, fixed=None):
@@ -72,13 +76,15 @@ def backward(dy, x, gamma=1.0, *, axis=1, eps=1e-5, fixed=None):
     dx = scale * (g - through_mean - through_var)
 
     r = result_dtype(x.dtype)
-    moved = abs(np.asarray(mean, WIDE)) * invstd(var, eps)  # xhat's error for one part in the mean
+    size = abs(np.asarray(mean, WIDE)) + (np.sqrt(var) if fixed is None else 0)
+    moved = size * invstd(var, eps)  # xhat's error for one part in the mean
     sum_dy, sum_dyxhat = reduce(abs(g), axis), reduce(abs(g * xhat), axis) + moved * reduce(abs(g), axis)
     rounded = abs(scale) * (abs(g) + abs(through_mean) + abs(through_var))
     wide = 0 * rounded
     if fixed is None:
+        sum_dyxhat, rounded_var = sum_dyxhat + abs(dgamma) / 2, 1.5 * rounded  # 1 / sqrt(var): once, and in scale
         wide = spread(sum_dy, x, axis) + abs(xhat) * spread(sum_dyxhat, x, axis)
-        wide = abs(scale) * (wide + spread(moved * abs(dgamma), x, axis)) / n
+        wide = abs(scale) * (wide + spread(moved * abs(dgamma), x, axis)) / n + rounded_var
     return SimpleNamespace(
         dx=dx,
         dgamma=dgamma,

@@ -1,0 +1,210 @@
+"""Any memory: awkward views give what a plain copy gives, inputs stay as they are, outputs are new and in x's order."""
+
+import tracemalloc
+
+import numpy as np
+import pytest
+import reference
+from arrays import BIG, CASES, FLOATS, SMALL, VIEWS, Case
+
+import fastbn
+from fastbn._layout import layout
+
+CASE = Case("NCHW", (4, 3, 5, 7))
+
+
+def results(d, x, dy):
+    """Everything computed from x and dy, by name."""
+    y, saved = fastbn.batch_norm_train(x, d.gamma, d.beta)
+    frozen = fastbn.Saved.fixed(x, d.mean, d.var, d.gamma)
+    m = fastbn.moments(x)
+    dx, dgamma, dbeta = fastbn.batch_norm_backward(dy, saved)
+    return {
+        "y": y,
+        "inference": fastbn.batch_norm(x, d.mean, d.var, d.gamma, d.beta),
+        "dx": dx,
+        "frozen dx": fastbn.batch_norm_backward(dy, frozen)[0],
+        "dgamma": dgamma,
+        "dbeta": dbeta,
+        "mean": m.mean,
+        "m2": m.m2,
+    }
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("view", VIEWS)
+def test_views_give_what_a_plain_copy_gives(rng, view, dtype):
+    d = CASE.data(rng, dtype)
+    x, dy = VIEWS[view](d.x), VIEWS[view](d.dy)
+    before = x.tobytes(), dy.tobytes()
+    found = results(d, x, dy)
+    assert (x.tobytes(), dy.tobytes()) == before
+    plain = [np.asarray(a.copy("K"), a.dtype.newbyteorder("=")) for a in (x, dy)]
+    for name, expected in results(d, *plain).items():
+        a = found[name]
+        np.testing.assert_array_equal(a, expected, err_msg=name)
+        assert type(a) is np.ndarray, name
+        assert a.dtype == np.dtype(dtype) if a.ndim > 1 else a.dtype.isnative
+        assert a.flags.writeable, name
+        assert not np.shares_memory(a, x), name
+        assert not np.shares_memory(a, dy), name
+        if a.ndim > 1:
+            assert a.strides == np.empty_like(x, dtype=dtype, subok=False).strides, name
+    oracle = reference.train(x, d.gamma, d.beta)
+    reference.assert_within(found["y"], oracle.y, oracle.budget, "y")
+
+
+@pytest.mark.parametrize("view", VIEWS)
+def test_results_may_go_to_any_memory(rng, view):
+    d = CASE.data(rng, "float32")
+    y, saved = fastbn.batch_norm_train(d.x, d.gamma, d.beta)
+    dx = fastbn.batch_norm_backward(d.dy, saved)[0]
+    z = fastbn.batch_norm(d.x, d.mean, d.var)
+    out = VIEWS[view](np.full_like(d.x, 99))
+    if view in ("read-only", "big-endian") or view.startswith("broadcast"):
+        pytest.skip("not to be written to: test_errors")
+    assert fastbn.batch_norm_train(d.x, d.gamma, d.beta, out=out)[0] is out
+    np.testing.assert_array_equal(out, y)
+    assert fastbn.batch_norm(d.x, d.mean, d.var, out=out) is out
+    np.testing.assert_array_equal(out, z)
+    assert fastbn.batch_norm_backward(d.dy, saved, out=out)[0] is out
+    np.testing.assert_array_equal(out, dx)
+
+
+@pytest.mark.parametrize("view", [v for v in VIEWS if not v.startswith(("read", "broad", "big"))])
+def test_in_place_gives_the_same_bits(rng, view):
+    d = CASE.data(rng, "float32")
+    x, dy = VIEWS[view](d.x), VIEWS[view](d.dy)
+    y, saved = fastbn.batch_norm_train(x, d.gamma, d.beta)
+    dx = fastbn.batch_norm_backward(dy, saved)[0]
+    z = fastbn.batch_norm(x, d.mean, d.var)
+    fastbn.batch_norm_backward(dy, saved, out=dy)
+    np.testing.assert_array_equal(dy, dx)
+    again = VIEWS[view](d.x)
+    fastbn.batch_norm(again, d.mean, d.var, out=again)
+    np.testing.assert_array_equal(again, z)
+    fastbn.batch_norm_train(x, d.gamma, d.beta, out=x)
+    np.testing.assert_array_equal(x, y)
+
+
+@pytest.mark.parametrize("case", [SMALL[0], SMALL[1], BIG[0], BIG[8]], ids=str)
+def test_backward_of_an_in_place_forward(rng, case):
+    d = case.data(rng, "float32")
+    d.gamma[0], d.beta[:] = 0.5, d.beta / 4
+    expected = reference.backward(d.dy, d.x, d.gamma, axis=case.axis)
+    y, saved = fastbn.batch_norm_train(d.x, d.gamma, d.beta, axis=case.axis, out=d.x)
+    dx, dgamma, dbeta = fastbn.batch_norm_backward(d.dy, saved)
+    # xhat comes from y: its rounding and that of the subtraction of beta, divided by gamma.
+    eps = np.finfo(np.float32).eps
+    scale = np.max(abs(y.astype("float64"))) / np.min(abs(d.gamma)) * 4 * eps
+    np.testing.assert_allclose(dbeta, expected.dbeta.astype("float64"), rtol=eps)
+    np.testing.assert_allclose(dx, expected.dx.astype("float64"), atol=scale * 10)
+    sums = scale * reference.reduce(abs(d.dy), case.axis).max()
+    np.testing.assert_allclose(dgamma, expected.dgamma.astype("float64"), atol=float(sums))
+
+
+def test_a_memory_map(rng, tmp_path):
+    d = CASE.data(rng, "float32")
+    d.x.tofile(tmp_path / "x")
+    x = np.memmap(tmp_path / "x", "float32", "r", shape=d.x.shape)
+    y, saved = fastbn.batch_norm_train(x, d.gamma, d.beta)
+    assert type(y) is np.ndarray
+    np.testing.assert_array_equal(y, fastbn.batch_norm_train(d.x, d.gamma, d.beta)[0])
+    assert type(fastbn.batch_norm_backward(d.dy, saved)[0]) is np.ndarray
+    out = np.memmap(tmp_path / "y", "float32", "w+", shape=x.shape)
+    assert fastbn.batch_norm_train(x, d.gamma, d.beta, out=out)[0] is out
+    np.testing.assert_array_equal(out, y)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_the_canonical_view_holds_every_element_once(case):
+    x = case.lay(np.arange(case.size, dtype="float32").reshape(case.shape))
+    lay = layout(x.shape, x.strides, x.itemsize, reference.channel_axes(x, case.axis))
+    ordered = x.transpose(lay.order)
+    assert lay.channel_shape == case.channels
+    assert lay.channels * lay.per_channel == lay.size == x.size
+    inner = lay.whole.sizes[2 if lay.whole.runs else 3]
+    channel = np.arange(lay.channels).reshape(lay.channel_shape)
+    expected = np.broadcast_to(reference.spread(channel, x, case.axis).astype(int), x.shape).transpose(lay.order)
+    found = (np.arange(x.size) // inner % lay.channels).reshape(ordered.shape)
+    np.testing.assert_array_equal(found, expected)
+
+
+def nhwc_as_nchw(rng, n=8, c=16, side=64):
+    return rng.normal(size=(n, side, side, c)).astype("float32").transpose(0, 3, 1, 2)
+
+
+def peak(call):
+    """Bytes that NumPy allocated at most during a call, made once before."""
+    call()
+    tracemalloc.start()
+    try:
+        call()
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+def test_nhwc_memory_seen_as_nchw_is_not_copied(rng):
+    x = nhwc_as_nchw(rng)
+    y, saved = fastbn.batch_norm_train(x)
+    assert y.strides == x.strides
+    out, dx = np.empty_like(x), np.empty_like(x)
+    one = np.ones(x.shape[1])
+    calls = [
+        lambda: fastbn.batch_norm_train(x, out=out),
+        lambda: fastbn.batch_norm(x, one, one, out=out),
+        lambda: fastbn.batch_norm_backward(y, saved, out=dx),
+        lambda: fastbn.moments(x),
+    ]
+    for i, call in enumerate(calls):
+        assert peak(call) < x.nbytes / 8, i
+    strided = np.empty((*x.shape[:3], 2 * x.shape[3]), "float32")[..., ::2]
+    assert peak(lambda: fastbn.moments(strided)) >= x.nbytes  # such a copy would have been seen
+
+
+def test_nhwc_memory_seen_as_nchw_has_the_bits_of_nhwc(rng):
+    x = nhwc_as_nchw(rng, n=2)
+    y, saved = fastbn.batch_norm_train(x)
+    z, nhwc = fastbn.batch_norm_train(x.transpose(0, 2, 3, 1), axis=-1)
+    np.testing.assert_array_equal(y.transpose(0, 2, 3, 1), z)
+    np.testing.assert_array_equal(saved.var, nhwc.var)
+    dx, dz = fastbn.batch_norm_backward(x, saved)[0], fastbn.batch_norm_backward(x.transpose(0, 2, 3, 1), nhwc)[0]
+    np.testing.assert_array_equal(dx.transpose(0, 2, 3, 1), dz)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("case", [SMALL[0], BIG[0], BIG[8]], ids=str)
+def test_the_bits_do_not_depend_on_alignment(rng, case, dtype):
+    d = case.data(rng, dtype)
+    expected, saved = fastbn.batch_norm_train(d.x, d.gamma, axis=case.axis)
+    gradients = fastbn.batch_norm_backward(d.dy, saved)
+    for shift in (1, 3):
+        memory = np.empty(2 * (d.x.size + shift), dtype)
+        x, dy = (memory[i : i + d.x.size].reshape(d.x.shape) for i in (shift, d.x.size + shift))
+        x[...], dy[...] = d.x, d.dy
+        y, saved = fastbn.batch_norm_train(x, d.gamma, axis=case.axis)
+        np.testing.assert_array_equal(y, expected)
+        for a, b in zip(fastbn.batch_norm_backward(dy, saved), gradients, strict=True):
+            np.testing.assert_array_equal(a, b)
+
+
+def test_what_is_saved_refers_to_x_and_is_reusable(rng):
+    d = CASE.data(rng, "float32")
+    _, saved = fastbn.batch_norm_train(d.x, d.gamma)
+    assert saved.x is d.x
+    first, second = fastbn.batch_norm_backward(d.dy, saved), fastbn.batch_norm_backward(d.dy, saved)
+    for a, b in zip(first, second, strict=True):
+        np.testing.assert_array_equal(a, b)
+        assert not np.shares_memory(a, b)
+
+
+def test_what_is_saved_does_not_follow_the_parameters(rng):
+    """An optimizer may step between forward and backward of a layer."""
+    d = CASE.data(rng, "float32")
+    _, saved = fastbn.batch_norm_train(d.x, d.gamma, d.beta)
+    expected = fastbn.batch_norm_backward(d.dy, saved)
+    d.gamma += 1
+    d.beta += 1
+    for a, b in zip(fastbn.batch_norm_backward(d.dy, saved), expected, strict=True):
+        np.testing.assert_array_equal(a, b)

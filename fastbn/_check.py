@@ -3,8 +3,9 @@
 A message names the function, the argument, what it is and what was expected. Checks come before any write.
 """
 
+import math
 import operator
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +18,8 @@ FLOAT32, FLOAT64 = np.dtype(np.float32), np.dtype(np.float64)
 
 def array(fn: str, name: str, value: Any) -> Array:
     """`value` as a plain array of a dtype that can be normalized: float32, float64, integers, booleans."""
+    if type(value) is np.ndarray and value.dtype.char in "fd":  # the usual case, quickly
+        return value
     if isinstance(value, np.ma.MaskedArray):
         raise TypeError(f"{fn}: {name} is a masked array, whose mask would be ignored; expected a plain array")
     try:
@@ -53,6 +56,8 @@ def result_dtype(x: Array) -> np.dtype[Any]:
 
 def axes(fn: str, axis: Any, shape: tuple[int, ...]) -> tuple[int, ...]:
     """The channel axes, ascending and not negative."""
+    if type(axis) is int and 0 <= axis < len(shape):  # the usual case, quickly
+        return (axis,)
     given = tuple(axis) if isinstance(axis, (tuple, list)) else (axis,)
     found = []
     for a in given:
@@ -88,6 +93,8 @@ def number(fn: str, name: str, value: Any, low: float, high: float | None = None
 
 def eps(fn: str, value: Any) -> float:
     """eps: a finite number, 0 or more."""
+    if type(value) is float and 0.0 <= value < math.inf:
+        return value
     return number(fn, "eps", value, 0.0)
 
 
@@ -98,7 +105,17 @@ def correction(fn: str, value: Any) -> int:
     return int(value)
 
 
-def parameter(fn: str, name: str, value: Any, shape: tuple[int, ...], of: str) -> Array:
+class Of(NamedTuple):
+    """Whose channels a parameter belongs to, for its error message."""
+
+    x: Array
+    axis: Any
+
+    def __str__(self) -> str:
+        return f", the channels of x; x has shape {self.x.shape}, axis={self.axis!r}"
+
+
+def parameter(fn: str, name: str, value: Any, shape: tuple[int, ...], of: object = "") -> Array:
     """A parameter or statistic of `shape`, or a scalar for all channels. `of` says what the shape comes from."""
     a = array(fn, name, value)
     if a.shape != shape and a.ndim:
@@ -106,15 +123,10 @@ def parameter(fn: str, name: str, value: Any, shape: tuple[int, ...], of: str) -
     return a
 
 
-def channels_of(x: Array, axis: Any) -> str:
-    """Where the shape of a parameter comes from, for its error message."""
-    return f", the channels of x; x has shape {x.shape}, axis={axis!r}"
-
-
-def variance(fn: str, name: str, value: Any, shape: tuple[int, ...], of: str) -> Array:
+def variance(fn: str, name: str, value: Any, shape: tuple[int, ...], of: object = "") -> Array:
     """A variance: as `parameter`, and nowhere negative."""
     a = parameter(fn, name, value, shape, of)
-    if np.any(a < 0):
+    if (a < 0).any():
         where = np.unravel_index(int(np.argmax(a < 0)), a.shape)
         at = f" at {tuple(int(i) for i in where)}" if a.ndim else ""
         raise ValueError(f"{fn}: {name} is {a[where]}{at}, expected no negative variance")

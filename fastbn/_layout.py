@@ -31,10 +31,10 @@ class Layout(NamedTuple):
     ----------
     order
         The axes in memory order: ``x.transpose(order)`` is the canonical view, not yet merged.
+    in_order
+        Whether that is the order of the axes themselves.
     steps
-        Strides in elements of an array that is dense in this order.
-    dense
-        Whether the array itself is: then the kernels read it where it is, else a copy in this order.
+        Strides in elements of an array that is dense in this order. Such an array is used in place, others are copied.
     channel_shape, channels
         Shape and number of the statistics.
     per_channel
@@ -46,8 +46,8 @@ class Layout(NamedTuple):
     """
 
     order: Shape
+    in_order: bool
     steps: Shape
-    dense: bool
     channel_shape: Shape
     channels: int
     per_channel: int
@@ -77,8 +77,8 @@ def layout(shape: Shape, strides: Shape, itemsize: int, axes: Shape) -> Layout:
     split = split_grid(max(outer, 1), max(channels, 1), max(inner, 1), itemsize)
     return Layout(
         order=order,
+        in_order=order == tuple(rank),
         steps=tuple(steps),
-        dense=all(n == 1 or s == itemsize * t for n, s, t in zip(shape, strides, steps, strict=True)),
         channel_shape=tuple(shape[a] for a in axes),
         channels=channels,
         per_channel=outer * inner,
@@ -105,12 +105,13 @@ def _merge(shape: Shape, order: Shape, axes: Shape) -> tuple[int, int, int] | No
 
 def is_dense(a: Array, lay: Layout) -> bool:
     """Whether `a` (of the layout's shape) can be used in place: dense in the layout's order, aligned, native."""
+    flags = a.flags
+    if not (flags.aligned and a.dtype.isnative):
+        return False
+    if lay.in_order and flags.c_contiguous:  # the usual case, quickly
+        return True
     item = a.itemsize
-    return (
-        all(n == 1 or s == item * t for n, s, t in zip(a.shape, a.strides, lay.steps, strict=True))
-        and a.flags.aligned
-        and a.dtype.isnative
-    )
+    return all(n == 1 or s == item * t for n, s, t in zip(a.shape, a.strides, lay.steps, strict=True))
 
 
 def flat(a: Array, lay: Layout) -> Array:
@@ -119,7 +120,7 @@ def flat(a: Array, lay: Layout) -> Array:
     Numba compiles anew for read-only arrays. The kernels never write to an input (a test compiles them with read-only
     inputs), so a read-only array is passed through an alias of its memory.
     """
-    a = a.transpose(lay.order).reshape(-1)
+    a = a.reshape(-1) if lay.in_order else a.transpose(lay.order).reshape(-1)
     return a if a.flags.writeable else np.asarray(_Alias(a))
 
 

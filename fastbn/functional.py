@@ -81,7 +81,7 @@ def batch_norm(
     x = _check.array(fn, "x", x)
     lay = layout(x.shape, x.strides, x.itemsize, _check.axes(fn, axis, x.shape))
     eps = _check.eps(fn, eps)
-    of = _check.channels_of(x, axis)
+    of = _check.Of(x, axis)
     stats = np.empty((2, lay.channels))
     _put(stats[0], _check.parameter(fn, "mean", mean, lay.channel_shape, of))
     _put(stats[1], _check.variance(fn, "var", var, lay.channel_shape, of))
@@ -155,7 +155,7 @@ def batch_norm_train(
     x = _check.array(fn, "x", x)
     lay = layout(x.shape, x.strides, x.itemsize, _check.axes(fn, axis, x.shape))
     eps = _check.eps(fn, eps)
-    params = _params(fn, gamma, beta, lay, _check.channels_of(x, axis))
+    params = _params(fn, gamma, beta, lay, _check.Of(x, axis))
     _check.more_than_one(fn, lay, x, axis)
     dtype = _check.result_dtype(x)
     overwritten = out is not None and _check.out(fn, out, x.shape, dtype, x, {"x": x})
@@ -311,7 +311,7 @@ class Saved:
         fn = "Saved.fixed"
         x = _check.array(fn, "x", x)
         lay = layout(x.shape, x.strides, x.itemsize, _check.axes(fn, axis, x.shape))
-        of = _check.channels_of(x, axis)
+        of = _check.Of(x, axis)
         stats = np.empty((2, lay.channels))
         _put(stats[0], _check.parameter(fn, "mean", mean, lay.channel_shape, of))
         _put(stats[1], _check.variance(fn, "var", var, lay.channel_shape, of))
@@ -367,7 +367,7 @@ class Saved:
         return point
 
 
-def _params(fn: str, gamma: Any, beta: Any, lay: Layout, of: str) -> Array:
+def _params(fn: str, gamma: Any, beta: Any, lay: Layout, of: object) -> Array:
     """gamma and beta as the rows of one float64 array."""
     params = np.empty((2, lay.channels))
     _put(params[0], 1.0 if gamma is None else _check.parameter(fn, "gamma", gamma, lay.channel_shape, of))

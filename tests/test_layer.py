@@ -1,0 +1,377 @@
+"""The layer: parameters and running statistics over steps, its state, and that a failing call leaves it as it was."""
+
+import copy
+import pickle
+import weakref
+
+import numpy as np
+import pytest
+import reference
+from arrays import SMALL, Case
+from test_errors import AXES, CORRECTION, EPS, MOMENTUM, refused
+
+import fastbn
+
+CASE = Case("NCHW", (4, 3, 5, 7))
+
+
+def state_bytes(bn):
+    arrays = {k: np.asarray(v).tobytes() for k, v in bn.state_dict().items()}
+    return arrays, bn.training, bn._saved, bn._pool.count
+
+
+def batches(rng, sizes=(4, 2, 7), dtype="float32"):
+    return [rng.normal(3, 2, (n, 3, 5)).astype(dtype) for n in sizes]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("correction", [0, 1])
+def test_training_steps_against_the_oracle(rng, dtype, correction):
+    bn = fastbn.BatchNorm(3, momentum=0.8, correction=correction, eps=1e-3, dtype=dtype)
+    bn.gamma[:], bn.beta[:] = rng.normal(size=(2, 3))
+    mean, var = np.zeros(3), np.ones(3)
+    for step, x in enumerate(batches(rng, dtype=dtype), 1):
+        dy = rng.normal(size=x.shape).astype(dtype)
+        y, expected = bn(x), reference.train(x, bn.gamma, bn.beta, eps=1e-3)
+        reference.assert_within(y, expected.y, expected.budget, "y")
+        dx, expected = bn.backward(dy), reference.backward(dy, x, bn.gamma, eps=1e-3)
+        reference.assert_within(dx, expected.dx, expected.dx_budget, "dx")
+        reference.assert_within(bn.dgamma, expected.dgamma, expected.dgamma_budget, "dgamma")
+        reference.assert_within(bn.dbeta, expected.dbeta, expected.dbeta_budget, "dbeta")
+        assert bn.dgamma.dtype == bn.dbeta.dtype == bn.running_mean.dtype == dtype
+        batch_mean, batch_var = reference.mean_var(x, 1)
+        n = reference.count(x, 1)
+        mean = reference.running(mean, batch_mean, 0.8)
+        var = reference.running(var, batch_var * n / (n - correction), 0.8)
+        assert bn.num_batches_tracked == step
+        rtol = 4 * step * np.finfo(dtype).eps
+        np.testing.assert_allclose(bn.running_mean, mean.astype("float64"), rtol=rtol)
+        np.testing.assert_allclose(bn.running_var, var.astype("float64"), rtol=rtol)
+    bn.eval()
+    x = batches(rng, dtype=dtype)[0]
+    expected = reference.infer(x, bn.running_mean, bn.running_var, bn.gamma, bn.beta, eps=1e-3)
+    before = state_bytes(bn)[0]
+    reference.assert_within(bn(x), expected.y, expected.budget, "eval y")
+    assert state_bytes(bn)[0] == before
+
+
+@pytest.mark.parametrize("case", [SMALL[1], SMALL[8], SMALL[15], SMALL[18], SMALL[12]], ids=str)
+def test_layouts(rng, case):
+    d = case.data(rng, "float32")
+    channels = case.channels[0] if isinstance(case.axis, int) else case.channels
+    bn = fastbn.BatchNorm(channels, axis=case.axis)
+    y, saved = fastbn.batch_norm_train(d.x, axis=case.axis)
+    np.testing.assert_array_equal(bn(d.x), y)
+    np.testing.assert_array_equal(bn.backward(d.dy), fastbn.batch_norm_backward(d.dy, saved)[0])
+    assert bn.running_var.shape == bn.dgamma.shape == case.channels
+    z = fastbn.batch_norm(d.x, bn.running_mean, bn.running_var, axis=case.axis)
+    np.testing.assert_array_equal(bn.eval()(d.x), z)
+
+
+def test_momentum_none_pools_every_sample_exactly(rng):
+    bn = fastbn.BatchNorm(3, momentum=None)
+    parts = batches(rng, (4, 2, 7, 1))
+    for x in parts:
+        bn(x)
+    whole = fastbn.moments(np.concatenate(parts))
+    assert bn.running_mean.dtype == np.float64
+    np.testing.assert_allclose(bn.running_mean, whole.mean, rtol=1e-14)
+    np.testing.assert_allclose(bn.running_var, whole.var(correction=1), rtol=1e-14)
+    assert bn.num_batches_tracked == 4
+
+
+def test_a_pool_goes_on_after_a_state_is_loaded(rng):
+    parts = batches(rng, (4, 2, 7))
+    first, second = fastbn.BatchNorm(3, momentum=None), fastbn.BatchNorm(3, momentum=None)
+    first(parts[0])
+    first(parts[1])
+    second.load_state_dict(first.state_dict())
+    second(parts[2])
+    whole = fastbn.moments(np.concatenate(parts))
+    np.testing.assert_allclose(second.running_mean, whole.mean, rtol=1e-14)
+    np.testing.assert_allclose(second.running_var, whole.var(correction=1), rtol=1e-14)
+
+
+@pytest.mark.parametrize("correction", [0, 1])
+def test_fit_population_is_that_of_all_samples(rng, correction):
+    parts = batches(rng, (4, 1, 7))
+    bn = fastbn.BatchNorm(3, correction=correction, dtype="float64").eval()
+    assert bn.fit_population(iter(parts)) is bn
+    whole = fastbn.moments(np.concatenate(parts))
+    np.testing.assert_allclose(bn.running_mean, whole.mean, rtol=1e-14)
+    np.testing.assert_allclose(bn.running_var, whole.var(correction), rtol=1e-14)
+    assert not bn.training
+
+
+def test_fit_population_that_fails_changes_nothing(rng):
+    def broken():
+        yield batches(rng)[0]
+        raise OSError("no more")
+
+    bn = fastbn.BatchNorm(3)
+    before = state_bytes(bn)
+    with pytest.raises(OSError, match="no more"):
+        bn.fit_population(broken())
+    fn = "BatchNorm.fit_population"
+    refused(lambda: bn.fit_population([]), fn, "batches", ValueError)
+    refused(lambda: bn.fit_population([np.ones((1, 3))]), fn, "batches", ValueError)
+    refused(lambda: bn.fit_population([np.ones((2, 3)), np.ones((2, 4))]), fn, "x", ValueError)
+    refused(lambda: bn.fit_population([np.ones((2, 3)), np.ones((2, 3), complex)]), fn, "batch", TypeError)
+    assert state_bytes(bn) == before
+
+
+@pytest.mark.parametrize("center", [True, False])
+@pytest.mark.parametrize("scale", [True, False])
+def test_center_and_scale_off(rng, center, scale):
+    x = batches(rng)[0]
+    bn = fastbn.BatchNorm(3, center=center, scale=scale)
+    names = {"running_mean", "running_var", "num_batches_tracked"} | ({"beta"} if center else set())
+    assert set(bn.state_dict()) == names | ({"gamma"} if scale else set())
+    np.testing.assert_array_equal(bn(x), fastbn.batch_norm_train(x)[0])
+    bn.backward(np.ones_like(x))
+    assert (bn.beta is None) == (bn.dbeta is None) == (not center)
+    assert (bn.gamma is None) == (bn.dgamma is None) == (not scale)
+    assert bn.eval()(x).shape == x.shape
+
+
+def test_without_running_statistics_evaluation_uses_those_of_x(rng):
+    x = batches(rng)[0]
+    bn = fastbn.BatchNorm(3, track_running_stats=False)
+    assert bn.running_mean is bn.running_var is None
+    assert set(bn.state_dict()) == {"gamma", "beta"}
+    y = bn(x)
+    np.testing.assert_array_equal(bn.eval()(x), y)
+    np.testing.assert_array_equal(y, fastbn.batch_norm_train(x)[0])
+    refused(bn.fold, "BatchNorm.fold", "running statistics", ValueError)
+    refused(lambda: bn.fit_population([x]), "BatchNorm.fit_population", "running statistics", ValueError)
+    copied = fastbn.BatchNorm(3, track_running_stats=False).load_state_dict(bn.state_dict())
+    np.testing.assert_array_equal(copied(x), y)
+
+
+def test_train_and_eval_return_the_layer():
+    bn = fastbn.BatchNorm(3)
+    assert bn.training
+    assert bn.eval() is bn
+    assert not bn.training
+    assert bn.train() is bn
+    assert bn.training
+    assert not bn.train(False).training
+
+
+def test_backward_needs_a_training_call(rng):
+    x = batches(rng)[0]
+    bn = fastbn.BatchNorm(3)
+    refused(lambda: bn.backward(x), "BatchNorm.backward", "forward", ValueError)
+    bn.eval()(x)
+    refused(lambda: bn.backward(x), "BatchNorm.backward", "forward", ValueError)
+    bn.train()(x)
+    bn.eval()(x)
+    refused(lambda: bn.backward(x), "BatchNorm.backward", "forward", ValueError)
+    bn.train()(x, save=False)
+    refused(lambda: bn.backward(x), "BatchNorm.backward", "forward", ValueError)
+
+
+def test_a_frozen_layer_has_a_backward(rng):
+    x, dy = batches(rng)[0], batches(rng)[0]
+    bn = fastbn.BatchNorm(3)
+    bn.gamma[:] = rng.normal(size=3)
+    bn(x)
+    bn.eval()(x, save=True)
+    expected = reference.backward(dy, x, bn.gamma, fixed=(bn.running_mean, bn.running_var))
+    reference.assert_within(bn.backward(dy), expected.dx, expected.dx_budget, "dx")
+    reference.assert_within(bn.dgamma, expected.dgamma, expected.dgamma_budget, "dgamma")
+    reference.assert_within(bn.dbeta, expected.dbeta, expected.dbeta_budget, "dbeta")
+    refused(lambda: bn(x, save=True, out=x), "BatchNorm", "out", ValueError)
+
+
+def test_evaluation_keeps_no_array_alive(rng):
+    x = batches(rng)[0]
+    alive = weakref.ref(x)
+    bn = fastbn.BatchNorm(3)
+    bn(x)
+    bn.eval()(x)
+    del x
+    assert alive() is None
+
+
+def test_out_may_be_x_and_dy(rng):
+    x, dy = batches(rng)[0], batches(rng)[0]
+    bn, other = fastbn.BatchNorm(3), fastbn.BatchNorm(3)
+    y, dx = bn(x), bn.backward(dy)
+    z = bn.eval()(x)
+    out = np.empty_like(x)
+    assert other(x, out=out) is out
+    assert other.backward(dy, out=dy) is dy
+    np.testing.assert_array_equal(out, y)
+    np.testing.assert_array_equal(dy, dx)
+    assert other.eval()(x, out=x) is x
+    np.testing.assert_array_equal(x, z)
+
+
+def test_folded_it_is_the_same_map(rng):
+    x = batches(rng)[0].astype("float64")
+    bn = fastbn.BatchNorm(3, dtype="float64")
+    bn.gamma[:], bn.beta[:] = rng.normal(size=(2, 3))
+    bn(x)
+    scale, shift = bn.fold()
+    np.testing.assert_allclose(x * scale[:, None] + shift[:, None], bn.eval()(x), rtol=1e-12, atol=1e-13)
+    assert scale.dtype == shift.dtype == np.float64
+    bare = fastbn.BatchNorm(3, center=False, scale=False)
+    bare(x.astype("float32"))
+    scale, shift = bare.fold()
+    np.testing.assert_allclose(scale, 1 / np.sqrt(bare.running_var + 1e-5), rtol=1e-6)
+    np.testing.assert_allclose(shift, -bare.running_mean * scale, rtol=1e-6)
+    assert scale.dtype == np.float32
+
+
+def test_a_state_makes_the_same_layer(rng):
+    x = batches(rng)[0]
+    bn = fastbn.BatchNorm(3)
+    bn.gamma[:], bn.beta[:] = rng.normal(size=(2, 3))
+    bn(x)
+    state = bn.state_dict()
+    assert set(state) == {"gamma", "beta", "running_mean", "running_var", "num_batches_tracked"}
+    other = fastbn.BatchNorm(3)
+    gamma = other.gamma
+    assert other.load_state_dict(state) is other
+    assert other.gamma is gamma  # in place: an optimizer may hold it
+    assert state_bytes(other)[0] == state_bytes(bn)[0]
+    np.testing.assert_array_equal(other.eval()(x), bn.eval()(x))
+    state["gamma"][:] = 99
+    assert not (bn.gamma == 99).any()
+    assert not (other.gamma == 99).any()
+
+
+@pytest.mark.parametrize("clone", [copy.deepcopy, lambda bn: pickle.loads(pickle.dumps(bn))])
+@pytest.mark.parametrize("momentum", [0.9, None])
+def test_copies_and_pickles(rng, clone, momentum):
+    parts = batches(rng)
+    bn = fastbn.BatchNorm(3, momentum=momentum, eps=1e-3)
+    bn(parts[0])
+    other = clone(bn)
+    np.testing.assert_array_equal(other(parts[1]), bn(parts[1]))
+    assert state_bytes(other)[0] == state_bytes(bn)[0]
+    assert not np.shares_memory(other.running_mean, bn.running_mean)
+    refused(lambda: clone(bn).backward(parts[1]), "BatchNorm.backward", "forward", ValueError)
+
+
+@pytest.mark.parametrize("momentum", [0.9, None])
+def test_an_empty_batch_leaves_the_running_statistics_alone(rng, momentum):
+    bn = fastbn.BatchNorm(3, momentum=momentum)
+    bn(batches(rng)[0])
+    before = state_bytes(bn)[0]
+    y = bn(np.empty((0, 3, 5), "float32"))
+    assert y.shape == (0, 3, 5)
+    assert bn.backward(y).shape == y.shape
+    assert state_bytes(bn)[0] == before
+
+
+def test_float32_parameters_serve_float64_data(rng):
+    x = batches(rng, dtype="float64")[0]
+    bn = fastbn.BatchNorm(3)
+    assert bn(x).dtype == np.float64
+    assert bn.backward(x).dtype == np.float64
+    assert bn.dgamma.dtype == bn.running_var.dtype == np.float32
+
+
+def test_repr():
+    assert repr(fastbn.BatchNorm(3)) == "BatchNorm(3)"
+    assert repr(fastbn.BatchNorm(3, axis=-1, momentum=None, center=False)) == (
+        "BatchNorm(3, axis=-1, momentum=None, center=False)"
+    )
+    bn = fastbn.BatchNorm((3, 4), axis=(1, 2), eps=1e-3, scale=False, track_running_stats=False, dtype="float64")
+    again = eval(repr(bn), {"BatchNorm": fastbn.BatchNorm})
+    assert repr(again) == repr(bn)
+    assert (again.channels, again.gamma, again.dtype, again.eps) == ((3, 4), None, np.dtype("float64"), 1e-3)
+
+
+# ------------------------------------------------------------------------------------------------------------- refusals
+
+MOVED = np.ones((4, 3, 5), "float32")
+CALLS = [
+    ("x", ValueError, {"x": np.ones((4, 2, 5))}),
+    ("x", ValueError, {"x": np.ones((1, 3))}),
+    ("x", TypeError, {"x": np.ones((4, 3), complex)}),
+    ("x", TypeError, {"x": np.full((4, 3), "a")}),
+    ("axis", ValueError, {"x": np.ones(3)}),
+    ("out", ValueError, {"x": MOVED, "out": np.ones((4, 3), "float32")}),
+    ("out", TypeError, {"x": MOVED, "out": np.ones((4, 3, 5))}),
+    ("out", ValueError, {"x": MOVED, "out": MOVED[::-1]}),
+]
+
+
+@pytest.mark.parametrize("momentum", [0.9, None])
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(("argument", "error", "call"), CALLS)
+def test_a_failing_call_leaves_the_layer_as_it_was(rng, argument, error, call, training, momentum):
+    bn = fastbn.BatchNorm(3, momentum=momentum).train(training)
+    x = batches(rng)[0]
+    bn(x, save=True)
+    before = state_bytes(bn)
+    if call["x"].shape == (1, 3) and not training:
+        bn(**call)  # one value per channel: refused in training alone
+        return
+    with pytest.raises(error, match=rf"^(BatchNorm|batch_norm|batch_norm_train): .*\b{argument}\b") as caught:
+        bn(**call)
+    assert "umba" not in str(caught.value)
+    assert state_bytes(bn) == before
+    assert (MOVED == 1).all()
+    assert bn.backward(x).shape == x.shape
+
+
+def test_a_failing_backward_leaves_the_gradients(rng):
+    x = batches(rng)[0]
+    bn = fastbn.BatchNorm(3)
+    bn(x)
+    bn.backward(x)
+    dgamma = bn.dgamma
+    with pytest.raises(ValueError, match=r"backward: dy has shape \(2,\)"):
+        bn.backward(np.ones(2))
+    assert bn.dgamma is dgamma
+
+
+CHANNELS = [("0", ValueError, 0), ("float", TypeError, 3.0), ("str", TypeError, "3"), ("None", TypeError, None),
+            ("bool", TypeError, True), ("tuple with 0", ValueError, (3, 0))]  # fmt: skip
+DTYPES = [("int", TypeError, "int32"), ("half", TypeError, "float16"), ("None", TypeError, None),
+          ("nonsense", TypeError, "no dtype"), ("complex", TypeError, complex)]  # fmt: skip
+LAYER_AXES = [a for a in AXES if a[0] in ("float", "str", "bool", "None")] + [("two", ValueError, (1, 2))]
+OPTIONS = {"channels": CHANNELS, "axis": LAYER_AXES, "eps": EPS, "momentum": MOMENTUM, "correction": CORRECTION,
+           "dtype": DTYPES}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("argument", "error", "value"),
+    [pytest.param(k, e, v, id=f"{k}-{what}") for k, values in OPTIONS.items() for what, e, v in values],
+)
+def test_bad_options(argument, error, value):
+    refused(lambda: fastbn.BatchNorm(**({"channels": 3} | {argument: value})), "BatchNorm", argument, error)
+
+
+STATES = [
+    ("gamma", ValueError, np.ones(2)),
+    ("gamma", TypeError, np.ones(3, complex)),
+    ("beta", TypeError, None),
+    ("running_mean", ValueError, np.zeros((1, 3))),
+    ("running_var", ValueError, np.array([1.0, -1.0, 1.0])),
+    ("num_batches_tracked", ValueError, -1),
+    ("num_batches_tracked", TypeError, 1.5),
+    ("unknown", ValueError, 1),
+]
+
+
+@pytest.mark.parametrize(("key", "error", "value"), STATES)
+def test_a_bad_state_changes_nothing(rng, key, error, value):
+    bn = fastbn.BatchNorm(3)
+    bn(batches(rng)[0])
+    before = state_bytes(bn)
+    state = {k: v + 1 for k, v in bn.state_dict().items()} | {key: value}
+    refused(lambda: bn.load_state_dict(state), "BatchNorm.load_state_dict", key, error)
+    assert state_bytes(bn) == before
+
+
+def test_a_state_with_keys_missing_changes_nothing():
+    bn = fastbn.BatchNorm(3)
+    state = bn.state_dict()
+    del state["beta"]
+    refused(lambda: bn.load_state_dict(state), "BatchNorm.load_state_dict", "beta", ValueError)
+    refused(lambda: bn.load_state_dict([1]), "BatchNorm.load_state_dict", "state", TypeError)

@@ -1,0 +1,35 @@
+"""moments: the statistics alone, and their merging."""
+
+from functools import lru_cache
+
+import fastbn
+
+from .common import OverLayers, arrays, ready
+
+
+@lru_cache(maxsize=1)
+def case(layout, shape, dtype):
+    c = arrays(layout, shape, dtype)
+    return ready(c, lambda: fastbn.moments(c.x, axis=c.axis))
+
+
+@lru_cache(maxsize=1)
+def merge_case(channels):
+    c = arrays("NCHW", (8, channels), "float64")
+    a, b = fastbn.moments(c.x[:3]), fastbn.moments(c.x[3:])
+    return ready(c, lambda: a + b)
+
+
+class OfLayers(OverLayers):
+    def time_moments(self, layout, shape, dtype):
+        return case(layout, shape, dtype).run()
+
+
+class Merge:
+    params = ((64, 2048),)
+    param_names = ("channels",)
+    number = 1000
+    repeat = (3, 30, 1.0)
+
+    def time_merge(self, channels):
+        return merge_case(channels).run()

@@ -26,7 +26,7 @@ __all__ = ["Kernel", "elementwise", "exact", "kernel", "prange", "reduction"]
 # stop vectorization; `nogil`: other Python threads go on.
 _common: dict[str, Any] = {"error_model": "numpy", "nogil": True}
 
-#: For a loop whose sum may be taken in any order: the lanes of a vector register become partial sums.
+#: For a loop whose sum may be taken in any order, and whose last bits do not matter.
 reduction = njit(fastmath={"reassoc", "nsz", "contract"}, **_common)
 #: For a loop without a sum: multiply and add in one rounding, nothing else.
 elementwise = njit(fastmath={"contract"}, **_common)

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from ._threads import planned_threads
 from .kernels.grid import Grid, fused_grid, split_grid
 
 Array = npt.NDArray[Any]
@@ -56,9 +57,14 @@ class Layout(NamedTuple):
     split: Grid
 
 
+def layout_of(x: Array, axes: Shape) -> Layout:
+    """The canonical view of x, with `axes` (ascending, not negative) as the channels."""
+    return layout(x.shape, x.strides, x.itemsize, axes, planned_threads(x.size))
+
+
 @lru_cache(maxsize=4096)
-def layout(shape: Shape, strides: Shape, itemsize: int, axes: Shape) -> Layout:
-    """The canonical view of an array, with `axes` (ascending, not negative) as the channels."""
+def layout(shape: Shape, strides: Shape, itemsize: int, axes: Shape, threads: int) -> Layout:
+    """`layout_of` any array of this shape, these strides and item size, for this many threads."""
     rank = range(len(shape))
     # Stable: axes of equal stride (of length 1, or broadcast) stay as they are.
     order = tuple(sorted(rank, key=lambda a: -abs(strides[a])))
@@ -83,7 +89,7 @@ def layout(shape: Shape, strides: Shape, itemsize: int, axes: Shape) -> Layout:
         channels=channels,
         per_channel=outer * inner,
         size=size,
-        whole=(fused_grid(outer, channels, inner, itemsize) if size else None) or split,
+        whole=(fused_grid(outer, channels, inner, itemsize, threads) if size else None) or split,
         split=split,
     )
 

@@ -31,12 +31,18 @@ class Target:
             ordered = np.empty([like.shape[a] for a in lay.order], dtype)
             self._dense, self.flat = ordered.transpose(np.argsort(lay.order)), ordered.reshape(-1)
 
-    def source(self, x: Array, lay: Layout) -> Array:
-        """As `source`, but where a copy is needed it is made in this target, which may then be computed in place."""
-        if is_dense(x, lay) or x.dtype.newbyteorder("=") != self.flat.dtype:
-            return source(x, lay)
-        np.copyto(self._dense, x)
-        return self.flat
+    def source(self, x: Array, lay: Layout, *, convert: bool = False) -> Array:
+        """As `source`, but where a copy is needed it is made in this target, which may then be computed in place.
+
+        x may keep a dtype other than the target's, unless `convert`.
+        """
+        same = x.dtype.newbyteorder("=") == self.flat.dtype
+        if is_dense(x, lay) and (same or not convert):
+            return flat(x, lay)
+        if same or convert:
+            np.copyto(self._dense, x, casting="same_kind")
+            return self.flat
+        return source(x, lay)
 
     def finish(self) -> Array:
         """The output, complete."""

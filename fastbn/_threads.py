@@ -52,6 +52,11 @@ def run(kernel: "Kernel", size: int, *args: Any) -> None:
         kernel.serial(*args)
 
 
+def planned_threads(size: int) -> int:
+    """How many threads a call on `size` elements will use, as far as is known before it."""
+    return 1 if size < SERIAL_SIZE or _serial_only else get_num_threads()
+
+
 def _parallel(kernel: "Kernel", args: tuple[Any, ...]) -> None:
     import numba
 

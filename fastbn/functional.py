@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 
 from . import _check, kernels
-from ._layout import Layout, layout
+from ._layout import Layout, layout_of
 from ._memory import Target, source
 from ._threads import run
 from .moments import Moments
@@ -79,7 +79,7 @@ def batch_norm(
     """
     fn = "batch_norm"
     x = _check.array(fn, "x", x)
-    lay = layout(x.shape, x.strides, x.itemsize, _check.axes(fn, axis, x.shape))
+    lay = layout_of(x, _check.axes(fn, axis, x.shape))
     eps = _check.eps(fn, eps)
     of = _check.Of(x, axis)
     stats = np.empty((2, lay.channels))
@@ -153,7 +153,7 @@ def batch_norm_train(
     """
     fn = "batch_norm_train"
     x = _check.array(fn, "x", x)
-    lay = layout(x.shape, x.strides, x.itemsize, _check.axes(fn, axis, x.shape))
+    lay = layout_of(x, _check.axes(fn, axis, x.shape))
     eps = _check.eps(fn, eps)
     params = _params(fn, gamma, beta, lay, _check.Of(x, axis))
     _check.more_than_one(fn, lay, x, axis)
@@ -239,11 +239,10 @@ def batch_norm_backward(dy: npt.ArrayLike, saved: "Saved", *, out: Array | None 
     grads = np.zeros((2, lay.channels))
     if lay.size:
         grid = lay.split if saved.frozen else lay.whole
-        run(
-            kernels.backward.backward_runs if grid.runs else kernels.backward.backward_rows, lay.size,
-            target.source(dy, lay), source(x, lay), target.flat, point, float(lay.per_channel), grads, saved.frozen,
-            grid.sizes,
-        )  # fmt: skip
+        kernel = kernels.backward.backward_runs if grid.runs else kernels.backward.backward_rows
+        given = target.source(dy, lay, convert=True)
+        n = float(lay.per_channel)
+        run(kernel, lay.size, given, source(x, lay), target.flat, point, n, grads, saved.frozen, grid.sizes)
     dgamma, dbeta = (g.reshape(lay.channel_shape).astype(d) for g, d in zip(grads, saved._dtypes, strict=True))
     return target.finish(), dgamma, dbeta
 
@@ -310,7 +309,7 @@ class Saved:
         """
         fn = "Saved.fixed"
         x = _check.array(fn, "x", x)
-        lay = layout(x.shape, x.strides, x.itemsize, _check.axes(fn, axis, x.shape))
+        lay = layout_of(x, _check.axes(fn, axis, x.shape))
         of = _check.Of(x, axis)
         stats = np.empty((2, lay.channels))
         _put(stats[0], _check.parameter(fn, "mean", mean, lay.channel_shape, of))

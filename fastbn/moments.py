@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 
 from . import _check, kernels
-from ._layout import layout
+from ._layout import layout_of
 from ._memory import source
 from ._threads import run
 
@@ -138,7 +138,7 @@ def moments(x: npt.ArrayLike, *, axis: int | tuple[int, ...] = 1) -> Moments:
     """
     fn = "moments"
     x = _check.array(fn, "x", x)
-    lay = layout(x.shape, x.strides, x.itemsize, _check.axes(fn, axis, x.shape))
+    lay = layout_of(x, _check.axes(fn, axis, x.shape))
     stats = np.zeros((2, lay.channels))
     if lay.size:
         flat = source(x, lay)

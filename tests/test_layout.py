@@ -119,7 +119,7 @@ def test_a_memory_map(rng, tmp_path):
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_the_canonical_view_holds_every_element_once(case):
     x = case.lay(np.arange(case.size, dtype="float32").reshape(case.shape))
-    lay = layout(x.shape, x.strides, x.itemsize, reference.channel_axes(x, case.axis))
+    lay = layout(x.shape, x.strides, x.itemsize, reference.channel_axes(x, case.axis), 2)
     ordered = x.transpose(lay.order)
     assert lay.channel_shape == case.channels
     assert lay.channels * lay.per_channel == lay.size == x.size

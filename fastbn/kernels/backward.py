@@ -16,8 +16,9 @@ and x twice, the second time from the end. dx may be dy.
 
 import numpy as np
 
-from .._jit import elementwise, exact, kernel, prange, reduction
+from .._jit import elementwise, exact, kernel, prange
 from .forward import FUSED, ONE, SUMS, WRITE, ZERO, gather, spread
+from .lanes import LANES, load, load64, minus, muladd, plus, store, total, zeros
 from .leaves import normalize_row, normalize_run
 
 FROZEN = 3  # sums and dx of a tile at once: dx does not wait for the sums
@@ -26,12 +27,16 @@ FROZEN = 3  # sums and dx of a tile at once: dx does not wait for the sums
 # ------------------------------------------------------------------------------------------------------------- leaves
 
 
-@reduction
+@elementwise
 def run_products(dy, x, centre):
     """sum(dy) and sum(dy * (x - centre)) of one contiguous run."""
-    s = np.float64(0.0)
-    q = np.float64(0.0)
-    for i in range(dy.size):
+    ss, qq = zeros(), zeros()
+    whole = dy.size // LANES * LANES
+    for i in range(0, whole, LANES):
+        g = load64(dy, i)
+        ss, qq = plus(ss, g), muladd(g, minus(load64(x, i), centre), qq)
+    s, q = total(ss), total(qq)
+    for i in range(whole, dy.size):
         g = np.float64(dy[i])
         s += g
         q += g * (x[i] - centre)
@@ -41,7 +46,12 @@ def run_products(dy, x, centre):
 @elementwise
 def row_products(dy, x, centre, s, q):
     """Add one row to the column sums."""
-    for j in range(centre.size):
+    whole = dy.size // LANES * LANES
+    for j in range(0, whole, LANES):
+        g = load64(dy, j)
+        store(s, j, plus(load(s, j), g))
+        store(q, j, muladd(g, minus(load64(x, j), load(centre, j)), load(q, j)))
+    for j in range(whole, dy.size):
         g = np.float64(dy[j])
         s[j] += g
         q[j] += g * (x[j] - centre[j])
@@ -50,24 +60,53 @@ def row_products(dy, x, centre, s, q):
 @elementwise
 def two_row_products(dya, dyb, xa, xb, centre, s, q):
     """Add two rows in one sweep over s and q."""
-    for j in range(centre.size):
-        ga = np.float64(dya[j])
-        gb = np.float64(dyb[j])
+    whole = dya.size // LANES * LANES
+    for j in range(0, whole, LANES):
+        ga, gb, c = load64(dya, j), load64(dyb, j), load(centre, j)
+        store(s, j, plus(load(s, j), plus(ga, gb)))
+        store(q, j, muladd(gb, minus(load64(xb, j), c), muladd(ga, minus(load64(xa, j), c), load(q, j))))
+    for j in range(whole, dya.size):
+        ga, gb = np.float64(dya[j]), np.float64(dyb[j])
         s[j] += ga + gb
-        q[j] += ga * (xa[j] - centre[j]) + gb * (xb[j] - centre[j])
+        q[j] = gb * (xb[j] - centre[j]) + (ga * (xa[j] - centre[j]) + q[j])
 
 
 @elementwise
 def dx_run(dy, x, dx, scale, slope, centre, shift):
     """dx = scale * dy + slope * (x - centre) + shift over one contiguous run."""
-    for i in range(dy.size):
+    whole = dy.size // LANES * LANES
+    for i in range(0, whole, LANES):
+        store(dx, i, muladd(load(dy, i), scale, muladd(minus(load(x, i), centre), slope, shift)))
+    for i in range(whole, dy.size):
         dx[i] = scale * dy[i] + (slope * (x[i] - centre) + shift)
 
 
 @elementwise
+def dx_run_ahead(dy, x, dx, scale, slope, centre, shift, dy_ahead, x_ahead, centre_ahead):
+    """`dx_run` of one run and, in the same loop, `run_products` of another one as long."""
+    ss, qq = zeros(), zeros()
+    whole = dy.size // LANES * LANES
+    for i in range(0, whole, LANES):
+        store(dx, i, muladd(load(dy, i), scale, muladd(minus(load(x, i), centre), slope, shift)))
+        g = load64(dy_ahead, i)
+        ss, qq = plus(ss, g), muladd(g, minus(load64(x_ahead, i), centre_ahead), qq)
+    s, q = total(ss), total(qq)
+    for i in range(whole, dy.size):
+        dx[i] = scale * dy[i] + (slope * (x[i] - centre) + shift)
+        g = np.float64(dy_ahead[i])
+        s += g
+        q += g * (x_ahead[i] - centre_ahead)
+    return s, q
+
+
+@elementwise
 def dx_row(dy, x, dx, scale, slope, centre, shift):
-    """The same over one row, with a coefficient per column."""
-    for j in range(dy.size):
+    """`dx_run` over one row, with a coefficient per column."""
+    whole = dy.size // LANES * LANES
+    for j in range(0, whole, LANES):
+        d = minus(load(x, j), load(centre, j))
+        store(dx, j, muladd(load(dy, j), load(scale, j), muladd(d, load(slope, j), load(shift, j))))
+    for j in range(whole, dy.size):
         dx[j] = scale[j] * dy[j] + (slope[j] * (x[j] - centre[j]) + shift[j])
 
 
@@ -109,27 +148,45 @@ def dx_coefficients(point, grads, count, first, k, frozen):
 
 
 @exact
-def fused_channel(c, dy, x, dx, point, count, grads, outer, channels, inner, segment):
-    """All of one channel: its sums, and while dy and x are in the cache, its dx."""
-    start = c * inner
-    stride = channels * inner
+def channel_pass(dy, x, dx, c, write, ahead, measure, centre, k, outer, channels, inner, segment):
+    """Write dx of channel c, return the sums of channel `ahead`, or both in one loop."""
+    s = np.float64(0.0)
+    q = np.float64(0.0)
+    for n in range(outer):
+        for low in range(0, inner, segment):
+            i = (n * channels + c) * inner + low
+            j = (n * channels + ahead) * inner + low
+            size = min(segment, inner - low)
+            if write and measure:
+                a, b = dx_run_ahead(
+                    dy[i : i + size], x[i : i + size], dx[i : i + size], k[0, 0], k[1, 0], k[2, 0], k[3, 0],
+                    dy[j : j + size], x[j : j + size], centre,
+                )  # fmt: skip
+                s += a
+                q += b
+            elif measure:
+                a, b = run_products(dy[j : j + size], x[j : j + size], centre)
+                s += a
+                q += b
+            else:
+                dx_run(dy[i : i + size], x[i : i + size], dx[i : i + size], k[0, 0], k[1, 0], k[2, 0], k[3, 0])
+    return s, q
+
+
+@exact
+def fused_channels(first, last, dy, x, dx, point, count, grads, outer, channels, inner, segment):
+    """Consecutive channels: dx of each is written while the next one is summed, and while it is still in the cache."""
     part = np.empty((1, 2, 1))
-    part[0, 0, 0] = 0.0
-    part[0, 1, 0] = 0.0
-    for n in range(outer):
-        i = start + n * stride
-        for low in range(i, i + inner, segment):
-            high = min(low + segment, i + inner)
-            s, q = run_products(dy[low:high], x[low:high], point[0, c])
-            part[0, 0, 0] += s
-            part[0, 1, 0] += q
-    finish_sums(part, point, grads, c)
     k = np.empty((4, 1), dx.dtype)
-    dx_coefficients(point, grads, count, c, k, False)
-    for n in range(outer):
-        i = start + n * stride
-        j = i + inner
-        dx_run(dy[i:j], x[i:j], dx[i:j], k[0, 0], k[1, 0], k[2, 0], k[3, 0])
+    for c in range(first - 1, last):
+        ahead = c + 1
+        here, there = c >= first, ahead < last
+        if here:
+            finish_sums(part, point, grads, c)
+            dx_coefficients(point, grads, count, c, k, False)
+        part[0, 0, 0], part[0, 1, 0] = channel_pass(
+            dy, x, dx, c, here, ahead, there, point[0, min(ahead, last - 1)], k, outer, channels, inner, segment
+        )
 
 
 @exact
@@ -163,7 +220,9 @@ def backward_runs(dy, x, dx, point, count, grads, frozen, sizes):
     while True:
         for t in prange(tiles):
             if phase == FUSED:
-                fused_channel(np.intp(t), dy, x, dx, point, count, grads, outer, channels, inner, segment)
+                first = np.intp(t) * per_tile
+                last = min(first + per_tile, channels)
+                fused_channels(first, last, dy, x, dx, point, count, grads, outer, channels, inner, segment)
             else:
                 segments_tile(
                     phase, tiles - 1 - np.intp(t) if phase == WRITE else np.intp(t), dy, x, dx, part, point, k,

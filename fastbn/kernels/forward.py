@@ -13,7 +13,16 @@ the cache still holds what was read last.
 import numpy as np
 
 from .._jit import exact, kernel, prange
-from .leaves import affine, block_sums, inverse_std, normalize_row, normalize_run, run_sums, settle
+from .leaves import (
+    affine,
+    block_sums,
+    inverse_std,
+    normalize_row,
+    normalize_run,
+    normalize_run_ahead,
+    run_sums,
+    settle,
+)
 
 FUSED, SUMS, WRITE = 0, 1, 2  # what a parallel region does with each of its tiles
 
@@ -47,38 +56,49 @@ def run_pivot(run):
 
 
 @exact
-def channel_sums(x, start, outer, stride, inner, segment, pivot):
-    """(s, q) of `outer` runs, `stride` apart: segment by segment, in memory order."""
+def channel_pass(x, y, c, write, ahead, measure, pivot, k, outer, channels, inner, segment):
+    """Write y of channel c, return the (s, q) of channel `ahead`, or both in one loop."""
     s = np.float64(0.0)
     q = np.float64(0.0)
     for n in range(outer):
-        run = x[start + n * stride : start + n * stride + inner]
         for low in range(0, inner, segment):
-            a, b = run_sums(run[low : min(low + segment, inner)], pivot)
-            s += a
-            q += b
+            i = (n * channels + c) * inner + low
+            j = (n * channels + ahead) * inner + low
+            size = min(segment, inner - low)
+            if write and measure:
+                a, b = normalize_run_ahead(
+                    x[i : i + size], y[i : i + size], k[0, 0], k[1, 0], k[2, 0], x[j : j + size], pivot
+                )
+                s += a
+                q += b
+            elif measure:
+                a, b = run_sums(x[j : j + size], pivot)
+                s += a
+                q += b
+            else:
+                normalize_run(x[i : i + size], y[i : i + size], k[0, 0], k[1, 0], k[2, 0])
     return s, q
 
 
 @exact
-def fused_channel(c, x, y, stats, params, eps, count, measure, write, outer, channels, inner, segment):
-    """All of one channel: its statistics, and while it is in the cache, its y."""
-    start = c * inner
-    stride = channels * inner
-    if measure:
-        part = np.empty((1, 2, 1))
-        pivot = np.empty(1)
-        pivot[0] = run_pivot(x[start : start + min(PIVOT_RUN, inner)])
+def fused_channels(first, last, x, y, stats, params, eps, count, write, outer, channels, inner, segment):
+    """Consecutive channels: y of each is written while the next one is summed, and while it is still in the cache."""
+    part = np.empty((1, 2, 1))
+    pivot = np.empty(1)
+    k = np.empty((3, 1), y.dtype)
+    for c in range(first - 1, last if write else last - 1):
+        ahead = c + 1
+        here, there = c >= first and write, ahead < last
+        if here:
+            channel_coefficients(stats, params, eps, count, c, k)
+        if there:
+            pivot[0] = run_pivot(x[ahead * inner : ahead * inner + min(PIVOT_RUN, inner)])
         for attempt in range(2):
-            part[0, 0, 0], part[0, 1, 0] = channel_sums(x, start, outer, stride, inner, segment, pivot[0])
-            if settle(part, pivot, count, stats, c, attempt == 1):
+            part[0, 0, 0], part[0, 1, 0] = channel_pass(
+                x, y, c, here and attempt == 0, ahead, there, pivot[0], k, outer, channels, inner, segment
+            )
+            if not there or settle(part, pivot, count, stats, ahead, attempt == 1):
                 break
-    if write:
-        k = np.empty((3, 1), y.dtype)
-        channel_coefficients(stats, params, eps, count, c, k)
-        for n in range(outer):
-            i = start + n * stride
-            normalize_run(x[i : i + inner], y[i : i + inner], k[0, 0], k[1, 0], k[2, 0])
 
 
 @exact
@@ -115,9 +135,9 @@ def forward_runs(x, y, stats, params, eps, count, measure, write, sizes):
     while True:
         for t in prange(tiles):
             if phase == FUSED:
-                fused_channel(
-                    np.intp(t), x, y, stats, params, eps, count, measure, write, outer, channels, inner, segment
-                )
+                first = np.intp(t) * per_tile
+                last = min(first + per_tile, channels)
+                fused_channels(first, last, x, y, stats, params, eps, count, write, outer, channels, inner, segment)
             else:
                 segments_tile(
                     phase, np.intp(t) if phase == SUMS else tiles - 1 - np.intp(t), x, y, part, pivot, coefficients,

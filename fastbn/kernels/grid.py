@@ -1,7 +1,7 @@
 """How the canonical view (outer, channel, inner) is cut into tiles.
 
-The shape alone decides, so that bits never depend on threads. Two kinds of kernel serve every layout: the inner run of
-one sample and channel is
+The shape alone decides which sums are taken, so that bits never depend on threads. Two kinds of kernel serve every
+layout: the inner run of one sample and channel is
 
 - long: the *runs* kernels reduce along it, one channel at a time (NCHW images);
 - short or 1: the *rows* kernels add rows of many channels elementwise (NHWC, (N, D), small images), where an inner run
@@ -31,6 +31,9 @@ SEGMENT = 1 << 13
 TILE_BYTES = 1 << 18
 """Memory that one split tile covers."""
 
+TILES_PER_THREAD = 2
+"""Tiles of pipelined channels: more would balance threads better, fewer have less to do before the pipeline runs."""
+
 STRIP = 1024
 """Columns of a strip: three float64 accumulators of this length fit the first-level cache."""
 
@@ -51,12 +54,15 @@ def _ceil(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def fused_grid(outer: int, channels: int, inner: int, itemsize: int) -> Grid | None:
+def fused_grid(outer: int, channels: int, inner: int, itemsize: int, threads: int) -> Grid | None:
     """Tiles that hold whole channels, or None where they would not stay in the cache or be too few."""
     if inner >= RUN:
         if outer * inner * itemsize > FUSED_RUNS_BYTES or channels < min(8, outer * _ceil(inner, SEGMENT)):
             return None
-        return Grid(True, True, channels, np.array([outer, channels, inner, SEGMENT, 1, 1, channels], np.int64))
+        # Neighbours are pipelined, so a tile has as many channels as leave every thread a few tiles.
+        group = _ceil(channels, TILES_PER_THREAD * threads)
+        tiles = _ceil(channels, group)
+        return Grid(True, True, tiles, np.array([outer, channels, inner, SEGMENT, 1, group, tiles], np.int64))
     # Not narrower than one cache line's worth of columns per 256 elements, and at least 8 strips if they allow it.
     width = min(STRIP, max(256, _ceil(channels * inner, 8)))
     panel = min(channels, max(1, width // inner))

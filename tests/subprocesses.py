@@ -9,7 +9,7 @@ TESTS = Path(__file__).parent
 ROOT = TESTS.parent
 
 
-def run_python(*args, cwd=None, timeout=240, **env):
+def run_python(*args, cwd=None, timeout=120, **env):
     """The output of ``python *args``; fails with all that it printed. A value None takes a variable away."""
     variables = {**os.environ, "PYTHONPATH": os.pathsep.join((str(ROOT), str(TESTS)))}
     for name, value in env.items():

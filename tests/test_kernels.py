@@ -43,7 +43,7 @@ def digests(d, axis):
 @functools.cache
 def digests_of_threads():
     """Digests of the cases under every number of threads, from a process whose Numba has four."""
-    return json.loads(run_python("digests.py", NUMBA_NUM_THREADS="4"))
+    return json.loads(run_python("digests.py", timeout=240, NUMBA_NUM_THREADS="4"))
 
 
 @pytest.mark.parametrize("dtype", FLOATS)

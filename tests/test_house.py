@@ -1,0 +1,191 @@
+"""The house rules: imports go down, importing is cheap, every public name explains itself and runs its examples."""
+
+import ast
+import doctest
+import inspect
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from subprocesses import run_script
+
+import fastbn
+
+PACKAGE = Path(fastbn.__file__).parent
+
+# From the top down: a module imports only from lines below its own, or from its own line where that is a folder.
+ORDER = [
+    ["__main__"],
+    ["__init__"],
+    ["interop"],
+    ["conventions"],
+    ["_measure", "_config"],
+    ["folding"],
+    ["layer"],
+    ["functional"],
+    ["moments"],
+    ["_check", "_memory"],
+    ["_layout"],
+    ["_threads"],
+    ["kernels.backward"],
+    ["kernels.forward", "kernels.yardsticks"],
+    ["kernels.leaves"],
+    ["kernels.lanes"],
+    ["kernels.grid", "kernels"],
+    ["_jit"],
+]
+RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}
+# What a module may import from outside. Everything above the kernels gets Numba only when a call needs it.
+FOREIGN = {"numpy", "numba", *sys.stdlib_module_names}
+
+
+def module_name(path):
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    name = ".".join(p for p in parts if p != "__init__") or "__init__"
+    return "interop" if name.startswith("interop") else name
+
+
+MODULES = {module_name(p): p for p in sorted(PACKAGE.rglob("*.py"))}
+
+
+def imports(source, folder=()):
+    """(module of fastbn, or a foreign package) of every import that runs, lazy ones too."""
+    nodes = [ast.parse(source)]
+    for node in nodes:
+        if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
+            continue
+        nodes.extend(ast.iter_child_nodes(node))
+        if isinstance(node, ast.Import):
+            yield from (a.name.split(".")[0] for a in node.names)
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            yield node.module.split(".")[0]
+        elif isinstance(node, ast.ImportFrom):
+            base = [*folder[: len(folder) - node.level + 1], *(node.module or "").split(".")]
+            for a in node.names:
+                inner = ".".join(p for p in (*base, a.name) if p)
+                yield "fastbn." + (inner if inner in MODULES else ".".join(p for p in base if p) or "__init__")
+
+
+def misplaced(name, source, folder=()):
+    """The imports of a module that do not go down."""
+    found = []
+    for target in imports(source, folder):
+        inside, _, module = target.partition(".")
+        if inside != "fastbn" or not module:
+            found += [target] if target not in FOREIGN | {"fastbn"} else []
+        elif RANK[module] <= RANK[name]:
+            found.append(module)
+    return found
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_imports_go_down(name):
+    assert name in RANK, f"{name} has no place in ORDER"
+    path = MODULES[name]
+    allowed = {"torch"} if name in ("__main__", "_measure", "interop") else set()
+    allowed |= {"llvmlite"} if name.startswith("kernels.") else set()
+    assert set(misplaced(name, path.read_text(), path.parent.relative_to(PACKAGE).parts)) <= allowed
+
+
+def test_an_upward_import_would_be_seen():
+    source = """
+import os, numpy as np, torch
+from . import kernels, layer
+from ._layout import layout
+from .functional import batch_norm
+if TYPE_CHECKING:
+    from .layer import BatchNorm
+def f():
+    from .layer import BatchNorm
+"""
+    assert misplaced("moments", source) == ["torch", "layer", "functional", "layer"]
+    assert misplaced("kernels.grid", "from .._jit import kernel\nfrom ..layer import x", ("kernels",)) == ["layer"]
+    assert misplaced("kernels.leaves", "from .forward import gather", ("kernels",)) == ["kernels.forward"]
+
+
+def test_importing_compiles_nothing_and_starts_no_thread():
+    script = """
+import os, sys, threading, time
+import numpy as np
+task = "/proc/self/task"
+count = lambda: (threading.active_count(), len(os.listdir(task)) if os.path.exists(task) else 0)
+before = count()
+import fastbn
+assert count() == before
+heavy = [m for m in sys.modules if m.split(".")[0] in ("numba", "llvmlite", "torch", "scipy", "matplotlib")]
+assert not heavy, heavy
+fastbn.BatchNorm(3)
+fastbn.Moments.empty(3) + fastbn.Moments.empty(3)
+fastbn.set_num_threads(1)
+assert "numba" not in sys.modules
+for bad in (lambda: fastbn.batch_norm(np.ones((2, 2)), 0, -1), lambda: fastbn.moments([[1j]])):
+    try:
+        bad()
+    except (ValueError, TypeError):
+        pass
+assert "numba" not in sys.modules
+print(fastbn.__version__)
+"""
+    assert run_script(script).strip() == fastbn.__version__
+
+
+def test_the_public_names():
+    assert sorted(fastbn.__all__) == fastbn.__all__
+    assert {n for n in dir(fastbn) if not n.startswith("_")} - set(fastbn.__all__) <= {
+        "functional", "layer", "kernels", "moments", "folding", "conventions", "interop",
+    }  # fmt: skip
+    for name in fastbn.__all__:
+        assert hasattr(fastbn, name)
+
+
+def public_objects():
+    """Public names, and the public methods and properties of the classes among them."""
+    for name in fastbn.__all__:
+        thing = getattr(fastbn, name)
+        yield name, thing
+        if inspect.isclass(thing):
+            for member, value in vars(thing).items():
+                if not member.startswith("_") and (callable(value) or isinstance(value, (property, classmethod))):
+                    yield f"{name}.{member}", value
+
+
+@pytest.mark.parametrize(("name", "thing"), [pytest.param(n, t, id=n) for n, t in public_objects()])
+def test_every_public_name_explains_itself(name, thing):
+    doc = inspect.getdoc(thing)
+    assert doc, f"{name} has no docstring"
+    assert doc.splitlines()[0].rstrip().endswith((".", ":", "``")), f"{name}: {doc.splitlines()[0]}"
+
+
+@pytest.mark.parametrize("name", fastbn.__all__)
+def test_the_examples_run(name):
+    thing = getattr(fastbn, name)
+    runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS)
+    with np.printoptions():
+        for test in doctest.DocTestFinder(recurse=True).find(thing, name, module=False, globs={}):
+            result = runner.run(test)
+            assert not result.failed, f"{test.name}: {result.failed} of {result.attempted} examples fail"
+
+
+def test_the_verbs_have_examples():
+    finder = doctest.DocTestFinder(recurse=False)
+    for name in ("batch_norm", "batch_norm_train", "batch_norm_backward", "moments", "update_running", "BatchNorm"):
+        (found,) = finder.find(getattr(fastbn, name), name, module=False)
+        assert found.examples, f"{name} has no example"
+
+
+@pytest.mark.parametrize(
+    ("name", "arrays"),
+    [
+        ("batch_norm", ["x", "mean", "var", "gamma", "beta"]),
+        ("batch_norm_train", ["x", "gamma", "beta"]),
+        ("batch_norm_backward", ["dy", "saved"]),
+        ("moments", ["x"]),
+        ("update_running", ["running_mean", "running_var", "m"]),
+        ("BatchNorm", ["channels"]),
+    ],
+)
+def test_everything_after_the_arrays_is_keyword_only(name, arrays):
+    parameters = inspect.signature(getattr(fastbn, name)).parameters.values()
+    assert [p.name for p in parameters if p.kind == p.POSITIONAL_OR_KEYWORD] == arrays
+    assert all(p.kind == p.KEYWORD_ONLY for p in list(parameters)[len(arrays) :])

@@ -1,6 +1,5 @@
 """The verbs: `batch_norm`, `batch_norm_train`, `batch_norm_backward`."""
 
-from dataclasses import dataclass
 from typing import Any, Self
 
 import numpy as np
@@ -247,7 +246,6 @@ def batch_norm_backward(dy: npt.ArrayLike, saved: "Saved", *, out: Array | None 
     return target.finish(), dgamma, dbeta
 
 
-@dataclass(slots=True, eq=False, repr=False)
 class Saved:
     """What the backward needs of a forward: x (by reference), statistics and parameters.
 
@@ -267,14 +265,7 @@ class Saved:
         Whether the statistics were given, not computed from x.
     """
 
-    x: Array
-    _layout: Layout
-    _stats: Array
-    _params: Array
-    eps: float
-    _dtypes: tuple[np.dtype[Any], np.dtype[Any]]
-    frozen: bool
-    _overwritten: bool
+    __slots__ = ("_dtypes", "_layout", "_overwritten", "_params", "_stats", "eps", "frozen", "x")
 
     def __init__(
         self, x: Array, lay: Layout, stats: Array, params: Array, eps: float, *,
@@ -341,7 +332,8 @@ class Saved:
     @property
     def moments(self) -> Moments:
         """Count, mean and centred sum of squares, for `update_running` and merging."""
-        return Moments(self.count, self.mean.copy(), self._stats[1].reshape(self._layout.channel_shape).copy())
+        mean, m2 = self._stats.copy().reshape(2, *self._layout.channel_shape)
+        return Moments.trusted(self.count, mean, m2)
 
     def __repr__(self) -> str:
         return f"Saved(x={self.x.dtype}{self.x.shape}, channels={self._layout.channel_shape}, frozen={self.frozen})"
@@ -350,8 +342,10 @@ class Saved:
         """Rows centre, slope, scale: xhat = (x - centre) * slope, scale = gamma * invstd."""
         point = np.empty((3, self._layout.channels))
         v = self._stats[1] / max(self.count, 1) + self.eps
-        with np.errstate(divide="ignore", invalid="ignore"):
-            invstd = np.where(v == 0, 0.0, 1.0 / np.sqrt(v))  # as in the forward: a constant channel gives beta
+        flat = v == 0.0
+        if flat.any():  # as in the forward: a constant channel gives beta
+            v[flat] = np.inf
+        invstd = 1.0 / np.sqrt(v)
         gamma, beta = self._params
         point[2] = gamma * invstd
         if self._overwritten:

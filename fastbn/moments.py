@@ -62,6 +62,15 @@ class Moments:
             raise ValueError(f"{fn}: m2 has a negative value {self.m2.min()}, expected sums of squares")
 
     @classmethod
+    def trusted(cls, count: int, mean: Array, m2: Array) -> Self:
+        """Moments of values that need no check, because fastbn has computed them."""
+        self = object.__new__(cls)
+        object.__setattr__(self, "count", count)
+        object.__setattr__(self, "mean", mean)
+        object.__setattr__(self, "m2", m2)
+        return self
+
+    @classmethod
     def empty(cls, channels: int | tuple[int, ...]) -> Self:
         """The moments of no values: ``Moments.empty(c) + m`` is m."""
         return cls(0, np.zeros(channels), np.zeros(channels))
@@ -79,7 +88,9 @@ class Moments:
         count = self.count + other.count
         share = other.count / count
         delta = other.mean - self.mean
-        return Moments(count, self.mean + delta * share, self.m2 + other.m2 + delta * delta * (self.count * share))
+        return Moments.trusted(
+            count, self.mean + delta * share, self.m2 + other.m2 + delta * delta * (self.count * share)
+        )
 
     def __add__(self, other: object) -> "Moments":
         return self.merge(other) if isinstance(other, Moments) else NotImplemented
@@ -146,7 +157,7 @@ def moments(x: npt.ArrayLike, *, axis: int | tuple[int, ...] = 1) -> Moments:
         kernel = kernels.forward.forward_runs if lay.whole.runs else kernels.forward.forward_rows
         run(kernel, lay.size, flat, no_y, stats, stats, 0.0, float(lay.per_channel), True, False, lay.whole.sizes)
     mean, m2 = stats.reshape(2, *lay.channel_shape)
-    return Moments(lay.per_channel, mean, m2)
+    return Moments.trusted(lay.per_channel, mean, m2)
 
 
 def update_running(

@@ -19,7 +19,7 @@ import numpy as np
 from .._jit import elementwise, exact, kernel, prange
 from .forward import FUSED, ONE, SUMS, WRITE, ZERO, gather, spread
 from .lanes import LANES, load, load64, minus, muladd, plus, store, total, zeros
-from .leaves import normalize_row, normalize_run
+from .leaves import SEGMENT, normalize_row, normalize_run
 
 FROZEN = 3  # sums and dx of a tile at once: dx does not wait for the sums
 
@@ -82,21 +82,59 @@ def dx_run(dy, x, dx, scale, slope, centre, shift):
 
 
 @elementwise
-def dx_run_ahead(dy, x, dx, scale, slope, centre, shift, dy_ahead, x_ahead, centre_ahead):
-    """`dx_run` of one run and, in the same loop, `run_products` of another one as long."""
+def channel_products(dy, x, j, outer, stride, inner, centre):
+    """sum(dy) and sum(dy * (x - centre)) of one channel: see the forward's `channel_sums`."""
+    s, q = np.float64(0.0), np.float64(0.0)
     ss, qq = zeros(), zeros()
-    whole = dy.size // LANES * LANES
-    for i in range(0, whole, LANES):
-        store(dx, i, muladd(load(dy, i), scale, muladd(minus(load(x, i), centre), slope, shift)))
-        g = load64(dy_ahead, i)
-        ss, qq = plus(ss, g), muladd(g, minus(load64(x_ahead, i), centre_ahead), qq)
-    s, q = total(ss), total(qq)
-    for i in range(whole, dy.size):
-        dx[i] = scale * dy[i] + (slope * (x[i] - centre) + shift)
-        g = np.float64(dy_ahead[i])
-        s += g
-        q += g * (x_ahead[i] - centre_ahead)
-    return s, q
+    summed = 0
+    for n in range(outer):
+        for low in range(0, inner, SEGMENT):
+            b = j + n * stride + low
+            size = min(SEGMENT, inner - low)
+            whole = size // LANES * LANES
+            for k in range(0, whole, LANES):
+                g = load64(dy, b + k)
+                ss, qq = plus(ss, g), muladd(g, minus(load64(x, b + k), centre), qq)
+            for k in range(whole, size):
+                h = np.float64(dy[b + k])
+                s += h
+                q += h * (x[b + k] - centre)
+            summed += size
+            if summed >= SEGMENT:
+                s, q = s + total(ss), q + total(qq)
+                ss, qq = zeros(), zeros()
+                summed = 0
+    return s + total(ss), q + total(qq)
+
+
+@elementwise
+def dx_channel_ahead(dy, x, dx, i, j, outer, stride, inner, scale, slope, centre, shift, centre_ahead):
+    """Write dx of the channel that starts at i and, in the same loop, take `channel_products` of the one at j."""
+    s, q = np.float64(0.0), np.float64(0.0)
+    ss, qq = zeros(), zeros()
+    summed = 0
+    for n in range(outer):
+        for low in range(0, inner, SEGMENT):
+            a = i + n * stride + low
+            b = j + n * stride + low
+            size = min(SEGMENT, inner - low)
+            whole = size // LANES * LANES
+            for k in range(0, whole, LANES):
+                g = load64(dy, b + k)
+                ss, qq = plus(ss, g), muladd(g, minus(load64(x, b + k), centre_ahead), qq)
+                d = minus(load(x, a + k), centre)
+                store(dx, a + k, muladd(load(dy, a + k), scale, muladd(d, slope, shift)))
+            for k in range(whole, size):
+                h = np.float64(dy[b + k])
+                s += h
+                q += h * (x[b + k] - centre_ahead)
+                dx[a + k] = scale * dy[a + k] + (slope * (x[a + k] - centre) + shift)
+            summed += size
+            if summed >= SEGMENT:
+                s, q = s + total(ss), q + total(qq)
+                ss, qq = zeros(), zeros()
+                summed = 0
+    return s + total(ss), q + total(qq)
 
 
 @elementwise
@@ -148,45 +186,20 @@ def dx_coefficients(point, grads, count, first, k, frozen):
 
 
 @exact
-def channel_pass(dy, x, dx, c, write, ahead, measure, centre, k, outer, channels, inner, segment):
-    """Write dx of channel c, return the sums of channel `ahead`, or both in one loop."""
-    s = np.float64(0.0)
-    q = np.float64(0.0)
-    for n in range(outer):
-        for low in range(0, inner, segment):
-            i = (n * channels + c) * inner + low
-            j = (n * channels + ahead) * inner + low
-            size = min(segment, inner - low)
-            if write and measure:
-                a, b = dx_run_ahead(
-                    dy[i : i + size], x[i : i + size], dx[i : i + size], k[0, 0], k[1, 0], k[2, 0], k[3, 0],
-                    dy[j : j + size], x[j : j + size], centre,
-                )  # fmt: skip
-                s += a
-                q += b
-            elif measure:
-                a, b = run_products(dy[j : j + size], x[j : j + size], centre)
-                s += a
-                q += b
-            else:
-                dx_run(dy[i : i + size], x[i : i + size], dx[i : i + size], k[0, 0], k[1, 0], k[2, 0], k[3, 0])
-    return s, q
-
-
-@exact
-def fused_channels(first, last, dy, x, dx, point, count, grads, outer, channels, inner, segment):
+def fused_channels(first, last, dy, x, dx, point, count, grads, outer, channels, inner):
     """Consecutive channels: dx of each is written while the next one is summed, and while it is still in the cache."""
+    stride = channels * inner
     part = np.empty((1, 2, 1))
     k = np.empty((4, 1), dx.dtype)
-    for c in range(first - 1, last):
-        ahead = c + 1
-        here, there = c >= first, ahead < last
-        if here:
-            finish_sums(part, point, grads, c)
-            dx_coefficients(point, grads, count, c, k, False)
-        part[0, 0, 0], part[0, 1, 0] = channel_pass(
-            dy, x, dx, c, here, ahead, there, point[0, min(ahead, last - 1)], k, outer, channels, inner, segment
-        )
+    part[0, 0, 0], part[0, 1, 0] = channel_products(dy, x, first * inner, outer, stride, inner, point[0, first])
+    for c in range(first, last):
+        finish_sums(part, point, grads, c)
+        dx_coefficients(point, grads, count, c, k, False)
+        ahead = min(c + 1, last - 1)  # the last channel is summed in vain: the same loop writes it
+        part[0, 0, 0], part[0, 1, 0] = dx_channel_ahead(
+            dy, x, dx, c * inner, ahead * inner, outer, stride, inner, k[0, 0], k[1, 0], k[2, 0], k[3, 0],
+            point[0, ahead],
+        )  # fmt: skip
 
 
 @exact
@@ -222,7 +235,7 @@ def backward_runs(dy, x, dx, point, count, grads, frozen, sizes):
             if phase == FUSED:
                 first = np.intp(t) * per_tile
                 last = min(first + per_tile, channels)
-                fused_channels(first, last, dy, x, dx, point, count, grads, outer, channels, inner, segment)
+                fused_channels(first, last, dy, x, dx, point, count, grads, outer, channels, inner)
             else:
                 segments_tile(
                     phase, tiles - 1 - np.intp(t) if phase == WRITE else np.intp(t), dy, x, dx, part, point, k,

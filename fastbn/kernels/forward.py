@@ -16,10 +16,11 @@ from .._jit import exact, kernel, prange
 from .leaves import (
     affine,
     block_sums,
+    channel_sums,
     inverse_std,
+    normalize_channel_ahead,
     normalize_row,
     normalize_run,
-    normalize_run_ahead,
     run_sums,
     settle,
 )
@@ -56,49 +57,29 @@ def run_pivot(run):
 
 
 @exact
-def channel_pass(x, y, c, write, ahead, measure, pivot, k, outer, channels, inner, segment):
-    """Write y of channel c, return the (s, q) of channel `ahead`, or both in one loop."""
-    s = np.float64(0.0)
-    q = np.float64(0.0)
-    for n in range(outer):
-        for low in range(0, inner, segment):
-            i = (n * channels + c) * inner + low
-            j = (n * channels + ahead) * inner + low
-            size = min(segment, inner - low)
-            if write and measure:
-                a, b = normalize_run_ahead(
-                    x[i : i + size], y[i : i + size], k[0, 0], k[1, 0], k[2, 0], x[j : j + size], pivot
-                )
-                s += a
-                q += b
-            elif measure:
-                a, b = run_sums(x[j : j + size], pivot)
-                s += a
-                q += b
-            else:
-                normalize_run(x[i : i + size], y[i : i + size], k[0, 0], k[1, 0], k[2, 0])
-    return s, q
-
-
-@exact
-def fused_channels(first, last, x, y, stats, params, eps, count, write, outer, channels, inner, segment):
+def fused_channels(first, last, x, y, stats, params, eps, count, write, outer, channels, inner):
     """Consecutive channels: y of each is written while the next one is summed, and while it is still in the cache."""
+    stride = channels * inner
     part = np.empty((1, 2, 1))
     pivot = np.empty(1)
     k = np.empty((3, 1), y.dtype)
     for c in range(first - 1, last if write else last - 1):
-        ahead = c + 1
-        here, there = c >= first and write, ahead < last
+        here = c >= first and write
+        ahead = min(c + 1, last - 1)  # the last channel is summed in vain: the same loop writes it
+        i, j = c * inner, ahead * inner
         if here:
             channel_coefficients(stats, params, eps, count, c, k)
-        if there:
-            pivot[0] = run_pivot(x[ahead * inner : ahead * inner + min(PIVOT_RUN, inner)])
-        for attempt in range(2):
-            part[0, 0, 0], part[0, 1, 0] = channel_pass(
-                x, y, c, here and attempt == 0, ahead, there, pivot[0], k, outer, channels, inner, segment
+        if ahead > c:
+            pivot[0] = run_pivot(x[j : j + min(PIVOT_RUN, inner)])
+        if here:
+            part[0, 0, 0], part[0, 1, 0] = normalize_channel_ahead(
+                x, y, i, j, outer, stride, inner, k[0, 0], k[1, 0], k[2, 0], pivot[0]
             )
-            if not there or settle(part, pivot, count, stats, ahead, attempt == 1):
-                break
+        else:
+            part[0, 0, 0], part[0, 1, 0] = channel_sums(x, j, outer, stride, inner, pivot[0])
+        if ahead > c and not settle(part, pivot, count, stats, ahead, False):
+            part[0, 0, 0], part[0, 1, 0] = channel_sums(x, j, outer, stride, inner, pivot[0])
+            settle(part, pivot, count, stats, ahead, True)
 
 
 @exact
@@ -137,7 +118,7 @@ def forward_runs(x, y, stats, params, eps, count, measure, write, sizes):
             if phase == FUSED:
                 first = np.intp(t) * per_tile
                 last = min(first + per_tile, channels)
-                fused_channels(first, last, x, y, stats, params, eps, count, write, outer, channels, inner, segment)
+                fused_channels(first, last, x, y, stats, params, eps, count, write, outer, channels, inner)
             else:
                 segments_tile(
                     phase, np.intp(t) if phase == SUMS else tiles - 1 - np.intp(t), x, y, part, pivot, coefficients,

@@ -15,6 +15,9 @@ import numpy as np
 from .._jit import elementwise, exact
 from .lanes import LANES, load, load64, minus, muladd, plus, store, total, zeros
 
+# Elements that are summed by themselves: bounds the rounding error of long sums.
+SEGMENT = 8192
+
 # Past this share of q, s**2 / n has cancelled three bits of m2.
 CANCELLED = 0.875
 
@@ -144,25 +147,62 @@ def normalize_run(x, y, centre, scale, shift):
 
 
 @elementwise
-def normalize_run_ahead(x, y, centre, scale, shift, ahead, pivot):
-    """`normalize_run` of one run and, in the same loop, `run_sums` of another one as long.
-
-    Writing one run while reading another keeps both directions of memory busy: the training forward takes 1.2 times a
-    copy where one after the other takes 1.6. Alternating between the two by blocks gains nothing.
-    """
+def channel_sums(x, j, outer, stride, inner, pivot):
+    """s and q of one channel: `outer` runs of `inner` elements, `stride` apart, from x[j] on."""
+    s, q = np.float64(0.0), np.float64(0.0)
     ss, qq = zeros(), zeros()
-    whole = x.size // LANES * LANES
-    for i in range(0, whole, LANES):
-        store(y, i, muladd(minus(load(x, i), centre), scale, shift))
-        d = minus(load64(ahead, i), pivot)
-        ss, qq = plus(ss, d), muladd(d, d, qq)
-    s, q = total(ss), total(qq)
-    for i in range(whole, x.size):
-        y[i] = (x[i] - centre) * scale + shift
-        d = ahead[i] - pivot
-        s += d
-        q += d * d
-    return s, q
+    summed = 0
+    for n in range(outer):
+        for low in range(0, inner, SEGMENT):
+            b = j + n * stride + low
+            size = min(SEGMENT, inner - low)
+            whole = size // LANES * LANES
+            for k in range(0, whole, LANES):
+                d = minus(load64(x, b + k), pivot)
+                ss, qq = plus(ss, d), muladd(d, d, qq)
+            for k in range(whole, size):
+                e = x[b + k] - pivot
+                s += e
+                q += e * e
+            summed += size
+            if summed >= SEGMENT:
+                s, q = s + total(ss), q + total(qq)
+                ss, qq = zeros(), zeros()
+                summed = 0
+    return s + total(ss), q + total(qq)
+
+
+@elementwise
+def normalize_channel_ahead(x, y, i, j, outer, stride, inner, centre, scale, shift, pivot):
+    """Write y of the channel that starts at i and, in the same loop, take `channel_sums` of the one at j.
+
+    Writing one channel while reading the next keeps both directions of memory busy: the training forward takes 1.2
+    times a copy where one after the other takes 1.6. Alternating between the two by blocks gains nothing.
+    """
+    s, q = np.float64(0.0), np.float64(0.0)
+    ss, qq = zeros(), zeros()
+    summed = 0
+    for n in range(outer):
+        for low in range(0, inner, SEGMENT):
+            a = i + n * stride + low
+            b = j + n * stride + low
+            size = min(SEGMENT, inner - low)
+            whole = size // LANES * LANES
+            for k in range(0, whole, LANES):
+                store(y, a + k, muladd(minus(load(x, a + k), centre), scale, shift))
+                d = minus(load64(x, b + k), pivot)
+                ss, qq = plus(ss, d), muladd(d, d, qq)
+            for k in range(whole, size):
+                e = x[b + k] - pivot
+                s += e
+                q += e * e
+                y[a + k] = (x[a + k] - centre) * scale + shift
+            summed += size
+            if summed >= SEGMENT:
+                s, q = s + total(ss), q + total(qq)
+                ss, qq = zeros(), zeros()
+                summed = 0
+    return s + total(ss), q + total(qq)
 
 
 @elementwise

@@ -146,11 +146,11 @@ def unavailable(layer):
     return None
 
 
-def run_layer(layer, script, preamble=PREAMBLE, **env):
+def run_layer(layer, script, threads="2"):
     if unavailable(layer):
         pytest.skip(f"threading layer {layer}: {unavailable(layer)}")
     end = f'\nassert right() and layer() == "{layer}", layer()\nprint("done")'
-    printed = run_script(preamble + script + end, NUMBA_THREADING_LAYER=layer, NUMBA_NUM_THREADS="2", **env)
+    printed = run_script(PREAMBLE + script + end, NUMBA_THREADING_LAYER=layer, NUMBA_NUM_THREADS=threads)
     assert printed.endswith("done\n"), printed
 
 
@@ -177,16 +177,18 @@ def test_the_users_settings_stay(layer):
     script = """
 import numba
 fastbn.set_num_threads(1)
-assert right() and fastbn.get_num_threads() == 1 and numba.get_num_threads() == 2
+assert right() and fastbn.get_num_threads() == 1 and numba.get_num_threads() == 3
+fastbn.set_num_threads(2)
+assert right() and fastbn.get_num_threads() == 2 and numba.get_num_threads() == 3
 fastbn.set_num_threads(None)
-assert right() and fastbn.get_num_threads() == numba.get_num_threads() == 2
+assert right() and fastbn.get_num_threads() == numba.get_num_threads() == 3
 numba.set_num_threads(1)
 assert right() and numba.get_num_threads() == 1
 fastbn.set_num_threads(2)
 assert right() and numba.get_num_threads() == 1
-assert numba.config.NUMBA_NUM_THREADS == 2
+assert numba.config.NUMBA_NUM_THREADS == 3
 """
-    run_layer(layer, script)
+    run_layer(layer, script, threads="3")
 
 
 def test_the_limit_is_that_of_the_process():

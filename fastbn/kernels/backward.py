@@ -18,7 +18,7 @@ import numpy as np
 
 from .._jit import elementwise, exact, kernel, prange
 from .forward import FUSED, ONE, SUMS, WRITE, ZERO, gather, spread
-from .lanes import LANES, load, load64, minus, muladd, plus, store, total, zeros
+from .lanes import LANES, load, load64, minus, muladd, plus, store, times, total, zeros
 from .leaves import SEGMENT, normalize_row, normalize_run
 
 FROZEN = 3  # sums and dx of a tile at once: dx does not wait for the sums
@@ -72,13 +72,14 @@ def two_row_products(dya, dyb, xa, xb, centre, s, q):
 
 
 @elementwise
-def dx_run(dy, x, dx, scale, slope, centre, shift):
-    """dx = scale * dy + slope * (x - centre) + shift over one contiguous run."""
+def dx_run(dy, x, dx, scale, weight, slope, centre, shift):
+    """dx = scale * dy + weight * ((x - centre) * slope) + shift over one contiguous run."""
     whole = dy.size // LANES * LANES
     for i in range(0, whole, LANES):
-        store(dx, i, muladd(load(dy, i), scale, muladd(minus(load(x, i), centre), slope, shift)))
+        xhat = times(minus(load(x, i), centre), slope)
+        store(dx, i, muladd(load(dy, i), scale, muladd(xhat, weight, shift)))
     for i in range(whole, dy.size):
-        dx[i] = scale * dy[i] + (slope * (x[i] - centre) + shift)
+        dx[i] = scale * dy[i] + (weight * ((x[i] - centre) * slope) + shift)
 
 
 @elementwise
@@ -108,7 +109,7 @@ def channel_products(dy, x, j, outer, stride, inner, centre):
 
 
 @elementwise
-def dx_channel_ahead(dy, x, dx, i, j, outer, stride, inner, scale, slope, centre, shift, centre_ahead):
+def dx_channel_ahead(dy, x, dx, i, j, outer, stride, inner, scale, weight, slope, centre, shift, centre_ahead):
     """Write dx of the channel that starts at i and, in the same loop, take `channel_products` of the one at j."""
     s, q = np.float64(0.0), np.float64(0.0)
     ss, qq = zeros(), zeros()
@@ -122,13 +123,13 @@ def dx_channel_ahead(dy, x, dx, i, j, outer, stride, inner, scale, slope, centre
             for k in range(0, whole, LANES):
                 g = load64(dy, b + k)
                 ss, qq = plus(ss, g), muladd(g, minus(load64(x, b + k), centre_ahead), qq)
-                d = minus(load(x, a + k), centre)
-                store(dx, a + k, muladd(load(dy, a + k), scale, muladd(d, slope, shift)))
+                xhat = times(minus(load(x, a + k), centre), slope)
+                store(dx, a + k, muladd(load(dy, a + k), scale, muladd(xhat, weight, shift)))
             for k in range(whole, size):
                 h = np.float64(dy[b + k])
                 s += h
                 q += h * (x[b + k] - centre_ahead)
-                dx[a + k] = scale * dy[a + k] + (slope * (x[a + k] - centre) + shift)
+                dx[a + k] = scale * dy[a + k] + (weight * ((x[a + k] - centre) * slope) + shift)
             summed += size
             if summed >= SEGMENT:
                 s, q = s + total(ss), q + total(qq)
@@ -138,14 +139,14 @@ def dx_channel_ahead(dy, x, dx, i, j, outer, stride, inner, scale, slope, centre
 
 
 @elementwise
-def dx_row(dy, x, dx, scale, slope, centre, shift):
+def dx_row(dy, x, dx, scale, weight, slope, centre, shift):
     """`dx_run` over one row, with a coefficient per column."""
     whole = dy.size // LANES * LANES
     for j in range(0, whole, LANES):
-        d = minus(load(x, j), load(centre, j))
-        store(dx, j, muladd(load(dy, j), load(scale, j), muladd(d, load(slope, j), load(shift, j))))
+        xhat = times(minus(load(x, j), load(centre, j)), load(slope, j))
+        store(dx, j, muladd(load(dy, j), load(scale, j), muladd(xhat, load(weight, j), load(shift, j))))
     for j in range(whole, dy.size):
-        dx[j] = scale[j] * dy[j] + (slope[j] * (x[j] - centre[j]) + shift[j])
+        dx[j] = scale[j] * dy[j] + (weight[j] * ((x[j] - centre[j]) * slope[j]) + shift[j])
 
 
 # ------------------------------------------------------------------------------------------------ parts of both kernels
@@ -166,20 +167,23 @@ def finish_sums(part, point, grads, first):
 
 @exact
 def dx_coefficients(point, grads, count, first, k, frozen):
-    """k (4, channels) = scale, slope, centre, shift of dx = scale * dy + slope * (x - centre) + shift, in dx's dtype.
+    """k (5, channels) = scale, weight, slope, centre, shift, in dx's dtype.
 
-    As in `affine`, what rounding the centre loses goes into shift. Frozen: all but scale are 0.
+    dx = scale * dy + weight * xhat + shift with xhat = (x - centre) * slope; xhat on its own, because slope * weight
+    leaves the range of float32 long before dx does. As in `affine`, what rounding the centre loses goes into shift.
+    Frozen: all but scale are 0.
     """
     for i in range(k.shape[1]):
         c = first + i
         k[0, i] = point[2, c]
-        for row in range(1, 4):
+        for row in range(1, 5):
             k[row, i] = 0.0
         if not frozen:
-            slope = -point[2, c] * point[1, c] * (grads[0, c] / count)
-            k[1, i] = slope
-            k[2, i] = point[0, c]
-            k[3, i] = slope * (k[2, i] - point[0, c]) - point[2, c] * (grads[1, c] / count)
+            weight = -point[2, c] * (grads[0, c] / count)
+            k[1, i] = weight
+            k[2, i] = point[1, c]
+            k[3, i] = point[0, c]
+            k[4, i] = weight * (point[1, c] * (k[3, i] - point[0, c])) - point[2, c] * (grads[1, c] / count)
 
 
 # ------------------------------------------------------------------------------------------------------------ long runs
@@ -190,14 +194,14 @@ def fused_channels(first, last, dy, x, dx, point, count, grads, outer, channels,
     """Consecutive channels: dx of each is written while the next one is summed, and while it is still in the cache."""
     stride = channels * inner
     part = np.empty((1, 2, 1))
-    k = np.empty((4, 1), dx.dtype)
+    k = np.empty((5, 1), dx.dtype)
     part[0, 0, 0], part[0, 1, 0] = channel_products(dy, x, first * inner, outer, stride, inner, point[0, first])
     for c in range(first, last):
         finish_sums(part, point, grads, c)
         dx_coefficients(point, grads, count, c, k, False)
         ahead = min(c + 1, last - 1)  # the last channel is summed in vain: the same loop writes it
         part[0, 0, 0], part[0, 1, 0] = dx_channel_ahead(
-            dy, x, dx, c * inner, ahead * inner, outer, stride, inner, k[0, 0], k[1, 0], k[2, 0], k[3, 0],
+            dy, x, dx, c * inner, ahead * inner, outer, stride, inner, k[0, 0], k[1, 0], k[2, 0], k[3, 0], k[4, 0],
             point[0, ahead],
         )  # fmt: skip
 
@@ -216,9 +220,9 @@ def segments_tile(phase, t, dy, x, dx, part, point, k, channels, inner, segment,
             part[n * per_run + j, 0, c] = s
             part[n * per_run + j, 1, c] = q
         if phase == FROZEN:
-            normalize_run(dy[low:high], dx[low:high], k[2, c], k[0, c], k[3, c])  # centre and shift are 0
+            normalize_run(dy[low:high], dx[low:high], k[3, c], k[0, c], k[4, c])  # centre and shift are 0
         elif phase == WRITE:
-            dx_run(dy[low:high], x[low:high], dx[low:high], k[0, c], k[1, c], k[2, c], k[3, c])
+            dx_run(dy[low:high], x[low:high], dx[low:high], k[0, c], k[1, c], k[2, c], k[3, c], k[4, c])
 
 
 @kernel
@@ -227,7 +231,7 @@ def backward_runs(dy, x, dx, point, count, grads, frozen, sizes):
     outer, channels, inner, segment, fused, per_tile, tiles = sizes
     phase = FUSED if fused else FROZEN if frozen else SUMS
     part = np.empty((0 if fused else outer * -(-inner // segment), 2, channels))
-    k = np.empty((4, channels), dx.dtype)
+    k = np.empty((5, channels), dx.dtype)
     if phase == FROZEN:
         dx_coefficients(point, grads, count, ZERO, k, True)
     while True:
@@ -291,15 +295,15 @@ def strip_products(dy, x, start, rows, stride, rest, inner, centre, part, b, fir
 
 @exact
 def strip_dx(dy, x, dx, start, rows, stride, rest, frozen, k):
-    """dx of a strip, with the coefficients `k` (4, columns)."""
+    """dx of a strip, with the coefficients `k` (5, columns)."""
     for r in range(rows + (rest > 0)):
         i = start + r * stride
         w = k.shape[1] if r < rows else rest
         j = i + w
         if frozen:  # centre and shift are 0
-            normalize_row(dy[i:j], dx[i:j], k[2, :w], k[0, :w], k[3, :w])
+            normalize_row(dy[i:j], dx[i:j], k[3, :w], k[0, :w], k[4, :w])
         else:
-            dx_row(dy[i:j], x[i:j], dx[i:j], k[0, :w], k[1, :w], k[2, :w], k[3, :w])
+            dx_row(dy[i:j], x[i:j], dx[i:j], k[0, :w], k[1, :w], k[2, :w], k[3, :w], k[4, :w])
 
 
 @exact
@@ -322,10 +326,10 @@ def rows_tile(phase, t, dy, x, dx, point, count, grads, part, sizes):
     elif phase != WRITE:
         strip_products(dy, x, start, rows, width, rest, inner, centre, part, b, first, columns)
     if phase != SUMS:
-        k = np.empty((4, last - first), dx.dtype)
+        k = np.empty((5, last - first), dx.dtype)
         dx_coefficients(point, grads, count, first, k, phase == FROZEN)
-        spread_k = np.empty((4, w), dx.dtype)
-        for i in range(4):
+        spread_k = np.empty((5, w), dx.dtype)
+        for i in range(5):
             spread(k[i], inner, spread_k[i])
         strip_dx(dy, x, dx, start, rows, width, rest, phase == FROZEN, spread_k)
 

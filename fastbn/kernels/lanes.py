@@ -127,6 +127,11 @@ def _plus(context, a, b):
 
 
 @intrinsic
+def _times(context, a, b):
+    return _elementwise(lambda builder, a, b: builder.fmul(a, b), a, b)
+
+
+@intrinsic
 def _muladd(context, a, b, c):
     def fmuladd(builder, a, b, c):
         element = "f64" if isinstance(a.type.element, ir.DoubleType) else "f32"
@@ -169,7 +174,8 @@ def _plain_store(y, i, value):
 if config.DISABLE_JIT:
     load, load64 = (lambda x, i: x[i : i + LANES]), (lambda x, i: x[i : i + LANES].astype(np.float64))
     store, total = _plain_store, _plain_total
-    minus, plus, muladd = (lambda a, b: a - b), (lambda a, b: a + b), (lambda a, b, c: a * b + c)
+    minus, plus, times = (lambda a, b: a - b), (lambda a, b: a + b), (lambda a, b: a * b)
+    muladd = lambda a, b, c: a * b + c  # noqa: E731
     zeros = lambda: np.zeros(LANES)  # noqa: E731
 else:
     #: x[i : i + 16], in float32 where that holds every value of x's dtype, else in float64.
@@ -178,8 +184,8 @@ else:
     load64 = _load_float64
     #: y[i : i + 16] = value, rounded to y's dtype.
     store = _store
-    #: a - b, a + b, a * b + c (in one rounding where the processor can). A number stands for sixteen of it.
-    minus, plus, muladd = _minus, _plus, _muladd
+    #: a - b, a + b, a * b, a * b + c (in one rounding where the processor can). A number stands for sixteen of it.
+    minus, plus, times, muladd = _minus, _plus, _times, _muladd
     #: Sixteen float64 zeros.
     zeros = _zeros
     #: The sum of the lanes, halves upon halves.

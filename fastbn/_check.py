@@ -160,7 +160,7 @@ def out(
         raise TypeError(f"{fn}: out has dtype {value.dtype}, expected {expected}")
     if not value.flags.writeable:
         raise ValueError(f"{fn}: out is read-only, expected a writable array")
-    if any(s == 0 and n > 1 for s, n in zip(value.strides, value.shape, strict=True)):
+    if _overlaps_itself(value):
         raise ValueError(f"{fn}: out has strides {value.strides}: its elements overlap, expected distinct ones")
     in_place = False
     for name, a in reads.items():
@@ -175,6 +175,18 @@ def _identical(a: Array, b: Array) -> bool:
     """Whether a and b are one array: element i of the one is element i of the other."""
     here, there = a.__array_interface__, b.__array_interface__
     return here["data"][0] == there["data"][0] and a.strides == b.strides and a.dtype == b.dtype
+
+
+def _overlaps_itself(a: Array) -> bool:
+    """Whether two elements share memory: an axis whose step is shorter than what the axes inside it span."""
+    if a.flags.forc or not a.size:
+        return False
+    span = a.itemsize
+    for step, n in sorted((abs(s), n) for s, n in zip(a.strides, a.shape, strict=True) if n > 1):
+        if step < span:
+            return True
+        span += step * (n - 1)
+    return False
 
 
 def _overlap(a: Array, b: Array) -> bool:

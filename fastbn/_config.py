@@ -37,13 +37,11 @@ def warmup(dtypes: Iterable[str] = ("float32",), axes: Iterable[int] = (1, -1), 
     processes forked later run serial.
     """
     fn = "warmup"
-    xs = []
-    for d in [dtypes] if isinstance(dtypes, str) else dtypes:
-        for axis in [axes] if isinstance(axes, int) else axes:
-            # Long inner runs and short ones, small (serial) and large (parallel); NHWC knows short ones only.
-            for shape in ((2, 8, 2, 2), (2, 8, 16, 16), (2, 64, 32, 32), (256, 64, 2, 2)):
-                moved = np.ones(shape, _check.dtype(fn, d))
-                xs.append((np.moveaxis(moved, 1, axis).copy(), _check.axes(fn, axis, shape)[0]))
+    checked = [_check.dtype(fn, d) for d in ([dtypes] if isinstance(dtypes, str) else dtypes)]
+    channels = [_check.axes(fn, axis, (1,) * 4)[0] for axis in ([axes] if isinstance(axes, int) else axes)]
+    # Long inner runs and short ones, small (serial) and large (parallel).
+    shapes = ((2, 8, 2, 2), (2, 8, 16, 16), (2, 64, 32, 32), (256, 64, 2, 2))
+    xs = [(np.moveaxis(np.ones(s, d), 1, axis).copy(), axis) for d in checked for axis in channels for s in shapes]
     for i, (x, axis) in enumerate(xs):
         if progress:
             print(f"\rcompiling {i + 1}/{len(xs)}", end="", file=sys.stderr, flush=True)
@@ -64,9 +62,10 @@ def config() -> dict[str, str]:
     """What `show_config` prints."""
     import numba
 
-    from . import _jit
+    from .kernels import forward
 
     tbb = load_tbb()
+    stats = getattr(forward.forward_runs.serial, "stats", None)
     layer = threading_layer()
     rows: dict[str, Any] = {
         "fastbn": _version("fastbn"),
@@ -77,7 +76,8 @@ def config() -> dict[str, str]:
         "threads": f"{get_num_threads()} of {numba.config.NUMBA_NUM_THREADS}; one below {SERIAL_SIZE:,} elements",
         "threading layer": layer or f"not started yet ({numba.config.THREADING_LAYER})",
         "tbb": f"{_version('tbb')}, {tbb}" if tbb else "not found: fastbn is safe without it, but slower in forks",
-        "cache folder": _jit.cache_folder() or "none is writable: kernels are compiled anew in every process",
+        "cache folder": getattr(stats, "cache_path", None)
+        or "none is writable: kernels are compiled anew in every process",
     }
     return {name: str(value) for name, value in rows.items()}
 

@@ -92,11 +92,3 @@ class Kernel:
 def kernel(body: Callable[..., Any]) -> Kernel:
     """Make a `Kernel` of a function whose only parallel loop is a `prange`."""
     return Kernel(body)
-
-
-def cache_folder() -> str | None:
-    """The folder of the disk cache, or None if none is writable."""
-    from .kernels import forward
-
-    stats = getattr(forward.forward_runs.serial, "stats", None)
-    return getattr(stats, "cache_path", None)

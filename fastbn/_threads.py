@@ -2,10 +2,10 @@
 
 Numba's threading layers fail in ways that end a process: under workqueue two threads that enter a parallel region at
 once abort it; under GNU OpenMP a region in a forked child kills the child, and one in a grandchild hangs. TBB has
-neither fault (in a child forked by the thread that started it), so fastbn depends on TBB where its wheel exists and
+neither fault (in a child forked by the thread that started it, while no other is in a region), so fastbn depends on TBB where its wheel exists and
 loads it from where pip puts it, which Numba does not search in a virtual environment. Elsewhere the serial build of the
-same kernel, which gives the same bits, takes over: in a forked child under OpenMP, and under workqueue while another
-thread is in a region.
+same kernel, which gives the same bits, takes over: in a forked child under OpenMP and where TBB may not have survived,
+and under workqueue while another thread is in a region.
 
 Numba's own settings are the user's and stay as they are.
 """
@@ -32,6 +32,7 @@ _limit: int | None = None  # set_num_threads
 _layer: str | None = None  # known only after the first region
 _starter: int | None = None  # the thread that ran it
 _serial_only = False  # in a forked child whose parent's threads did not survive
+_inside: set[int] = set()  # the Python threads that are in a parallel region
 _region = threading.Lock()  # held during the first region, and during every region under workqueue
 
 
@@ -66,14 +67,17 @@ def _parallel(kernel: "Kernel", args: tuple[Any, ...]) -> None:
     wanted = min(allowed, _limit or default_threads())
     if wanted == 1:
         kernel.serial(*args)
-    elif wanted == allowed:
+        return
+    thread = threading.get_ident()
+    _inside.add(thread)
+    try:
+        if wanted < allowed:
+            numba.set_num_threads(wanted)  # of this thread alone
         kernel.parallel(*args)
-    else:
-        numba.set_num_threads(wanted)  # of this thread alone
-        try:
-            kernel.parallel(*args)
-        finally:
+    finally:
+        if wanted < allowed:
             numba.set_num_threads(allowed)
+        _inside.discard(thread)
 
 
 def _note_layer() -> None:
@@ -196,8 +200,10 @@ def _after_fork() -> None:
     global _region, _serial_only
     _region = threading.Lock()
     layer = _layer or threading_layer()
-    if layer == "omp" or (layer == "tbb" and _starter not in (None, threading.get_ident())):
+    thread = threading.get_ident()
+    if layer == "omp" or (layer == "tbb" and (_starter != thread or _inside - {thread})):
         _serial_only = True
+    _inside.clear()
 
 
 if hasattr(os, "register_at_fork"):

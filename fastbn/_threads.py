@@ -2,10 +2,10 @@
 
 Numba's threading layers fail in ways that end a process: under workqueue two threads that enter a parallel region at
 once abort it; under GNU OpenMP a region in a forked child kills the child, and one in a grandchild hangs. TBB has
-neither fault (in a child forked by the thread that started it, while no other is in a region), so fastbn depends on TBB where its wheel exists and
-loads it from where pip puts it, which Numba does not search in a virtual environment. Elsewhere the serial build of the
-same kernel, which gives the same bits, takes over: in a forked child under OpenMP and where TBB may not have survived,
-and under workqueue while another thread is in a region.
+neither fault (in a child forked by the thread that started it, while no other is in a region), so fastbn depends on TBB
+where its wheel exists and loads it from where pip puts it, which Numba does not search in a virtual environment.
+Elsewhere the serial build of the same kernel, which gives the same bits, takes over: in a forked child under OpenMP and
+where TBB may not have survived, and under workqueue while another thread is in a region.
 
 Numba's own settings are the user's and stay as they are.
 """

@@ -1,6 +1,7 @@
 """Batch normalization of NumPy arrays on CPUs, at about the cost of a copy. Importing it compiles nothing."""
 
 from ._config import show_config, warmup
+from ._memory import empty_pool, set_pool_limit
 from ._threads import get_num_threads, set_num_threads
 from .functional import Saved, batch_norm, batch_norm_backward, batch_norm_train
 from .layer import BatchNorm
@@ -14,9 +15,11 @@ __all__ = [
     "batch_norm",
     "batch_norm_backward",
     "batch_norm_train",
+    "empty_pool",
     "get_num_threads",
     "moments",
     "set_num_threads",
+    "set_pool_limit",
     "show_config",
     "update_running",
     "warmup",

@@ -34,6 +34,8 @@ class Layout(NamedTuple):
         The axes in memory order: ``x.transpose(order)`` is the canonical view, not yet merged.
     in_order
         Whether that is the order of the axes themselves.
+    keeps_order
+        Whether an array that NumPy makes like this one is in this order: not if channels had to be brought together.
     steps
         Strides in elements of an array that is dense in this order. Such an array is used in place, others are copied.
     channel_shape, channels
@@ -48,6 +50,7 @@ class Layout(NamedTuple):
 
     order: Shape
     in_order: bool
+    keeps_order: bool
     steps: Shape
     channel_shape: Shape
     channels: int
@@ -69,6 +72,7 @@ def layout(shape: Shape, strides: Shape, itemsize: int, axes: Shape, threads: in
     # Stable: axes of equal stride (of length 1, or broadcast) stay as they are.
     order = tuple(sorted(rank, key=lambda a: -abs(strides[a])))
     merged = _merge(shape, order, axes)
+    keeps_order = merged is not None
     if merged is None:  # no single (outer, channel, inner): lay a copy out as (everything else, channels)
         order = tuple(a for a in order if a not in axes) + axes
         merged = _merge(shape, order, axes)
@@ -84,6 +88,7 @@ def layout(shape: Shape, strides: Shape, itemsize: int, axes: Shape, threads: in
     return Layout(
         order=order,
         in_order=order == tuple(rank),
+        keeps_order=keeps_order,
         steps=tuple(steps),
         channel_shape=tuple(shape[a] for a in axes),
         channels=channels,

@@ -1,13 +1,121 @@
-"""Arrays in and out of the kernels: which memory is used in place, what is copied, what is new."""
+"""Arrays in and out of the kernels: which memory is used in place, what is copied, what is new.
 
+The system clears every page of new memory when it is first touched; for a 100 MB output that costs more than computing
+it. So large outputs lie in recycled buffers: each is leased to one array and comes back when that array and all views
+of it are gone.
+"""
+
+import os
+from collections import deque
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from . import _check
 from ._layout import Layout, flat, is_dense
 
 Array = npt.NDArray[Any]
+
+POOLED = 1 << 22
+"""Bytes from which an output is pooled; smaller ones the allocator recycles itself."""
+
+ALIGNMENT = 64
+
+_free: deque["_Buffer"] = deque()  # idle buffers, the latest first; deque operations are atomic
+_limit = 1 << 29
+
+
+class _Buffer:
+    """Aligned memory of a fixed size."""
+
+    __slots__ = ("memory",)
+
+    def __init__(self, size: int) -> None:
+        raw = np.empty(size + ALIGNMENT, np.uint8)
+        start = -raw.ctypes.data % ALIGNMENT
+        self.memory = raw[start : start + size]
+
+
+class _Lease:
+    """What keeps a buffer from being handed out again: the base of the one array that it is leased to."""
+
+    __slots__ = ("__array_interface__", "buffer")
+
+    def __init__(self, buffer: _Buffer) -> None:
+        self.buffer = buffer
+        self.__array_interface__ = buffer.memory.__array_interface__
+
+    def __del__(self) -> None:
+        if _limit:
+            _free.appendleft(self.buffer)
+            _trim(_limit)
+
+
+def _trim(limit: int) -> None:
+    """Let idle buffers go, the oldest first, until those that stay have at most `limit` bytes."""
+    while sum(b.memory.size for b in tuple(_free)) > limit:
+        try:
+            _free.pop()
+        except IndexError:  # another thread was quicker
+            return
+
+
+def _lease(size: int) -> Array:
+    """`size` bytes that belong to nobody else."""
+    for buffer in tuple(_free):
+        if size <= buffer.memory.size <= size + size // 4:
+            try:
+                _free.remove(buffer)  # by identity
+            except ValueError:  # another thread was quicker
+                continue
+            return np.asarray(_Lease(buffer))[:size]
+    return np.asarray(_Lease(_Buffer(size)))[:size]
+
+
+def set_pool_limit(nbytes: int) -> None:
+    """Bound the memory that idle output buffers may keep; 0 turns their recycling off.
+
+    Outputs of 4 MiB and more (y and dx, where no `out=` is given) lie in buffers that are used again when the array and
+    all views of it are gone; a fresh 100 MB array costs more in page faults than the whole computation. Buffers in use
+    do not count.
+
+    Parameters
+    ----------
+    nbytes : int
+        512 MiB at first, or the environment variable ``FASTBN_POOL_LIMIT``.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If nbytes is not an int, or negative.
+
+    Examples
+    --------
+    >>> import fastbn
+    >>> fastbn.set_pool_limit(2**30)
+    """
+    global _limit
+    _limit = _check.count("set_pool_limit", "nbytes", nbytes)
+    _trim(_limit)
+
+
+def empty_pool() -> None:
+    """Return the memory of all idle output buffers to the system."""
+    _trim(0)
+
+
+if "FASTBN_POOL_LIMIT" in os.environ:
+    set_pool_limit(int(os.environ["FASTBN_POOL_LIMIT"]))
+
+
+def new(like: Array, dtype: np.dtype[Any], lay: Layout) -> Array:
+    """An uninitialized array of the shape and memory order of `like`."""
+    size = like.size * dtype.itemsize
+    if size < POOLED or not _limit or not lay.keeps_order:
+        return np.empty_like(like, dtype=dtype, subok=False)
+    ordered = _lease(size).view(dtype).reshape([like.shape[a] for a in lay.order])
+    return ordered if lay.in_order else ordered.transpose(np.argsort(lay.order))
 
 
 def source(x: Array, lay: Layout) -> Array:
@@ -23,8 +131,10 @@ class Target:
     That memory is the output's own unless the caller's `out` lies in another order; then `finish` copies it over.
     """
 
+    __slots__ = ("_dense", "array", "flat")
+
     def __init__(self, like: Array, dtype: np.dtype[Any], lay: Layout, out: Array | None) -> None:
-        self.array = np.empty_like(like, dtype=dtype, subok=False) if out is None else out
+        self.array = new(like, dtype, lay) if out is None else out
         if is_dense(self.array, lay):
             self._dense, self.flat = self.array, flat(self.array, lay)
         else:

@@ -1,0 +1,151 @@
+"""Recycled outputs: never handed out twice, bounded, aligned, in the memory order of x, gone when asked."""
+
+import gc
+import threading
+
+import numpy as np
+import pytest
+
+import fastbn
+from fastbn import _memory
+
+SHAPE = (16, 64, 40, 40)  # 6.5 MB of float32
+
+
+@pytest.fixture(autouse=True)
+def pool():
+    before = _memory._limit
+    fastbn.empty_pool()
+    yield _memory._free
+    fastbn.set_pool_limit(before)
+    fastbn.empty_pool()
+
+
+@pytest.fixture(scope="module")
+def x():
+    return np.random.default_rng(3).standard_normal(SHAPE, dtype=np.float32)
+
+
+def infer(x, **kwargs):
+    return fastbn.batch_norm(x, np.zeros(x.shape[1]), np.ones(x.shape[1]), **kwargs)
+
+
+def address(a):
+    return a.__array_interface__["data"][0]
+
+
+def test_an_output_is_recycled_when_it_is_gone(x, pool):
+    y = infer(x)
+    first = address(y)
+    assert first % _memory.ALIGNMENT == 0
+    del y
+    assert len(pool) == 1
+    y = infer(x)
+    assert address(y) == first
+    assert not pool
+
+
+@pytest.mark.parametrize("view", [lambda y: y[3, :, ::2], lambda y: y.reshape(-1)[7:], lambda y: memoryview(y)])
+def test_a_view_keeps_the_buffer(x, pool, view):
+    y = infer(x)
+    expected = np.asarray(view(y)).copy()
+    kept = view(y)
+    del y
+    gc.collect()
+    assert not pool
+    other = infer(x + 1)
+    np.testing.assert_array_equal(np.asarray(kept), expected)
+    assert not np.shares_memory(np.asarray(kept), other)
+
+
+def test_living_outputs_share_nothing(x):
+    ys = [infer(x) for _ in range(5)]
+    assert len({address(y) for y in ys}) == 5
+
+
+def test_idle_memory_is_bounded(x, pool):
+    fastbn.set_pool_limit(2 * x.nbytes)
+    ys = [infer(x) for _ in range(5)]
+    del ys
+    assert sum(b.memory.size for b in pool) <= 2 * x.nbytes
+    fastbn.set_pool_limit(x.nbytes)
+    assert len(pool) == 1
+    fastbn.empty_pool()
+    assert not pool
+
+
+def test_off_by_a_switch(x, pool):
+    fastbn.set_pool_limit(0)
+    y = infer(x)
+    assert y.base is None
+    del y
+    assert not pool
+
+
+def test_an_output_leased_before_the_switch_is_let_go(x, pool):
+    y = infer(x)
+    fastbn.set_pool_limit(0)
+    del y
+    assert not pool
+
+
+def test_small_outputs_and_out_do_not_touch_the_pool(x, pool):
+    infer(x[:1])
+    infer(x, out=np.empty_like(x))
+    assert not pool
+
+
+def test_a_buffer_much_too_large_is_not_taken(x, pool):
+    del_me = infer(x)
+    del del_me
+    infer(x[:11])
+    assert len(pool) == 2
+
+
+def test_memory_order_and_dtype(x):
+    nhwc = np.ascontiguousarray(x.transpose(0, 2, 3, 1)).transpose(0, 3, 1, 2)
+    y = infer(nhwc)
+    assert y.strides == nhwc.strides
+    np.testing.assert_array_equal(y, infer(x))
+    assert infer(x.astype("float64")).dtype == np.float64
+    assert infer((x * 10).astype("int8")).dtype == np.float32
+
+
+def test_a_mean_pool_does_not_leak_into_results(x):
+    """A recycled buffer holds old values: every element must be overwritten."""
+    y, saved = fastbn.batch_norm_train(x)
+    expected = y.copy()
+    y.fill(np.nan)
+    del y
+    again, _ = fastbn.batch_norm_train(x)
+    np.testing.assert_array_equal(again, expected)
+    dx = fastbn.batch_norm_backward(x, saved)[0]
+    expected = dx.copy()
+    dx.fill(np.nan)
+    del dx
+    np.testing.assert_array_equal(fastbn.batch_norm_backward(x, saved)[0], expected)
+
+
+def test_threads_never_get_one_buffer_twice(x):
+    wrong = []
+
+    def work(value):
+        for _ in range(30):
+            a = np.full((8, 4, 200, 200), value, np.float32)
+            y = infer(a)
+            y += 1
+            if not (y == y.flat[0]).all() or abs(y.flat[0] - (value / np.sqrt(1 + 1e-5) + 1)) > 1e-4:
+                wrong.append(value)
+
+    threads = [threading.Thread(target=work, args=(v,)) for v in range(6)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert not wrong
+
+
+@pytest.mark.parametrize(("value", "error"), [(-1, ValueError), ("much", TypeError), (1.5, TypeError)])
+def test_bad_limits(value, error):
+    with pytest.raises(error, match="set_pool_limit: nbytes is"):
+        fastbn.set_pool_limit(value)

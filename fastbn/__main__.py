@@ -16,7 +16,10 @@ TOLERANCE = 4 * 2**-23
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; 0 if every result was right."""
-    parser = argparse.ArgumentParser(prog="python -m fastbn", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m fastbn",
+        description="Normalize the batch-norm layers of ResNet-50, check them and print how fast that was.",
+    )
     parser.add_argument("--threads", type=int, help="use at most this many threads (default: all that may be used)")
     parser.add_argument("--rounds", type=int, default=7, help="rounds of which the fastest counts (default: 7)")
     parser.add_argument("--no-peers", action="store_true", help="fastbn and the yardsticks alone")
@@ -26,11 +29,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     ahead.add_argument("--dtypes", nargs="+", default=["float32"], help="default: float32")
     ahead.add_argument("--axes", nargs="+", type=int, default=[1, -1], help="channel axes, default: 1 -1")
     options = parser.parse_args(arguments)
-    if options.threads is not None:
-        set_num_threads(options.threads)
+    if options.rounds < 1:
+        parser.error("--rounds must be at least 1")
+    start = time.perf_counter()
+    try:
+        if options.threads is not None:
+            set_num_threads(options.threads)
+        if options.command == "warmup":
+            warmup(options.dtypes, options.axes, progress=sys.stderr.isatty())
+    except (TypeError, ValueError) as error:
+        parser.error(str(error))
     if options.command == "warmup":
-        start = time.perf_counter()
-        warmup(options.dtypes, options.axes, progress=sys.stderr.isatty())
         print(f"compiled for {', '.join(options.dtypes)} in {time.perf_counter() - start:.1f} s")
         print(f"cache folder: {config()['cache folder']}")
         return 0

@@ -84,6 +84,8 @@ def number(fn: str, name: str, value: Any, low: float, high: float | None = None
         raise TypeError(f"{fn}: {name} is {value!r}, expected {expected}")
     try:
         v = float(value)
+    except OverflowError:
+        raise ValueError(f"{fn}: {name} is beyond float64, expected {expected}") from None
     except (TypeError, ValueError):
         raise TypeError(f"{fn}: {name} is {value!r}, expected {expected}") from None
     if not (low <= v <= high if high is not None else low <= v < float("inf")):
@@ -100,7 +102,7 @@ def eps(fn: str, value: Any) -> float:
 
 def correction(fn: str, value: Any) -> int:
     """correction: 0 or 1."""
-    if isinstance(value, (bool, str)) or value not in (0, 1):
+    if isinstance(value, (bool, str)) or np.ndim(value) or value not in (0, 1):
         raise ValueError(f"{fn}: correction is {value!r}, expected 0 (divide by n) or 1 (divide by n - 1)")
     return int(value)
 
@@ -142,13 +144,11 @@ def more_than_one(fn: str, lay: Layout, x: Array, axis: Any) -> None:
         )
 
 
-def out(
-    fn: str, value: Any, shape: tuple[int, ...], expected: np.dtype[Any], same: Array, reads: dict[str, Array]
-) -> bool:
+def out(fn: str, value: Any, shape: tuple[int, ...], expected: np.dtype[Any], same: str, reads: dict[str, Any]) -> bool:
     """The caller's output array: right shape and dtype, writable, and sharing memory with nothing but `same` itself.
 
-    `same` is the input that may be overwritten in place; `reads` are all arrays that the call reads. Returns whether
-    `value` is that array.
+    `reads` is all that the call reads, by name; the one named `same` may be overwritten in place. Returns whether it
+    is.
     """
     if not isinstance(value, np.ndarray):
         raise TypeError(f"{fn}: out is of type {type(value).__name__}, expected a NumPy array")
@@ -164,11 +164,17 @@ def out(
         raise ValueError(f"{fn}: out has strides {value.strides}: its elements overlap, expected distinct ones")
     in_place = False
     for name, a in reads.items():
-        if a is same and _identical(value, a):
+        if name == same and _identical(value, a):
             in_place = True
         elif _overlap(value, a):
             raise ValueError(f"{fn}: out shares memory with {name} without being the same array; expected no overlap")
     return in_place
+
+
+def apart(fn: str, name: str, a: Array, other: str, b: Array) -> None:
+    """Two arrays that are both written share no memory."""
+    if _overlap(a, b):
+        raise ValueError(f"{fn}: {name} shares memory with {other}, expected two arrays of their own")
 
 
 def _identical(a: Array, b: Array) -> bool:
@@ -189,8 +195,8 @@ def _overlaps_itself(a: Array) -> bool:
     return False
 
 
-def _overlap(a: Array, b: Array) -> bool:
-    if not np.may_share_memory(a, b):
+def _overlap(a: Array, b: Any) -> bool:
+    if not isinstance(b, np.ndarray) or not np.may_share_memory(a, b):
         return False
     try:
         return np.shares_memory(a, b, max_work=100_000)  # type: ignore[arg-type]
@@ -224,8 +230,8 @@ def statistic(fn: str, name: str, value: Any, shape: tuple[int, ...]) -> Array:
 # ---------------------------------------------------------------------------------------------------------- the layer
 
 
-def channel_shape(fn: str, value: Any) -> tuple[int, ...]:
-    """The channels of a layer: an int, or a tuple of ints, at least 1 each."""
+def channel_shape(fn: str, value: Any, least: int = 1) -> tuple[int, ...]:
+    """The channels of a layer: an int, or a tuple of ints, at least `least` each."""
     given = tuple(value) if isinstance(value, (tuple, list)) else (value,)
     shape = []
     for n in given:
@@ -235,8 +241,8 @@ def channel_shape(fn: str, value: Any) -> tuple[int, ...]:
             shape.append(operator.index(n))
         except TypeError:
             raise TypeError(f"{fn}: channels is {value!r}, expected an int or a tuple of ints") from None
-    if any(n < 1 for n in shape):
-        raise ValueError(f"{fn}: channels is {value!r}, expected at least 1")
+    if any(n < least for n in shape):
+        raise ValueError(f"{fn}: channels is {value!r}, expected at least {least}")
     return tuple(shape)
 
 
@@ -277,7 +283,7 @@ def channels(fn: str, x: Array, axis: Any, shape: tuple[int, ...]) -> None:
 
 def not_in_place(fn: str, out: Array, x: Array) -> None:
     """A forward in evaluation that is kept for the backward cannot overwrite its x."""
-    if np.may_share_memory(out, x):
+    if _overlap(out, x):
         raise ValueError(f"{fn}: out is x, which save=True in evaluation must keep; expected another array")
 
 
@@ -294,6 +300,8 @@ def keys(fn: str, state: Any, required: list[str], optional: list[str]) -> None:
 def count(fn: str, name: str, value: Any) -> int:
     """A count: an integer, 0 or more (an array of one element counts as its element)."""
     try:
+        if isinstance(value, (bool, np.bool_)):
+            raise TypeError
         n = operator.index(value.item() if isinstance(value, (np.ndarray, np.generic)) else value)
     except (TypeError, ValueError):
         raise TypeError(f"{fn}: {name} is {value!r}, expected an int") from None

@@ -2,7 +2,6 @@
 
 import platform
 import sys
-from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -14,14 +13,14 @@ from .functional import batch_norm, batch_norm_backward, batch_norm_train
 from .moments import moments
 
 
-def warmup(dtypes: Iterable[str] = ("float32",), axes: Iterable[int] = (1, -1), *, progress: bool = False) -> None:
+def warmup(dtypes: Any = ("float32",), axes: Any = (1, -1), *, progress: bool = False) -> None:
     """Compile every verb ahead of its first call, serial and parallel, and fill the disk cache.
 
     Parameters
     ----------
-    dtypes : iterable of dtypes
+    dtypes : dtype or list of dtypes
         Of the arrays to come.
-    axes : iterable of ints
+    axes : int or list of ints
         The channel axes of 4-d arrays to come: 1 is NCHW, -1 is NHWC.
     progress : bool
         Say on stderr what is being compiled.
@@ -37,8 +36,13 @@ def warmup(dtypes: Iterable[str] = ("float32",), axes: Iterable[int] = (1, -1), 
     processes forked later run serial.
     """
     fn = "warmup"
-    checked = [_check.dtype(fn, d) for d in ([dtypes] if isinstance(dtypes, str) else dtypes)]
-    channels = [_check.axes(fn, axis, (1,) * 4)[0] for axis in ([axes] if isinstance(axes, int) else axes)]
+    given = dtypes if isinstance(dtypes, (list, tuple, set)) else [dtypes]
+    checked = [_check.dtype(fn, d) for d in given]
+    channels: list[int] = []
+    for axis in axes if isinstance(axes, (list, tuple, set, range)) else [axes]:
+        if isinstance(axis, (list, tuple)):
+            raise TypeError(f"{fn}: axes has {axis!r}, expected ints")
+        channels += _check.axes(fn, axis, (1,) * 4)
     # Long inner runs and short ones, small (serial) and large (parallel).
     shapes = ((2, 8, 2, 2), (2, 8, 16, 16), (2, 64, 32, 32), (256, 64, 2, 2))
     xs = [(np.moveaxis(np.ones(s, d), 1, axis).copy(), axis) for d in checked for axis in channels for s in shapes]
@@ -75,7 +79,7 @@ def config() -> dict[str, str]:
         "cpu": cpu_name(),
         "threads": f"{get_num_threads()} of {numba.config.NUMBA_NUM_THREADS}; one below {SERIAL_SIZE:,} elements",
         "threading layer": layer or f"not started yet ({numba.config.THREADING_LAYER})",
-        "tbb": f"{_version('tbb')}, {tbb}" if tbb else "not found: fastbn is safe without it, but slower in forks",
+        "tbb": f"{_version('tbb')}, {tbb or 'not loaded: fastbn is safe without it, but serial in forked children'}",
         "cache folder": getattr(stats, "cache_path", None)
         or "none is writable: kernels are compiled anew in every process",
     }

@@ -11,6 +11,7 @@ code. So a kernel's ``__qualname__``, which names its cache file, carries the bu
 and of this file.
 """
 
+import contextlib
 import hashlib
 from collections.abc import Callable
 from functools import cache
@@ -18,7 +19,8 @@ from pathlib import Path
 from types import FunctionType
 from typing import Any
 
-from numba import njit, prange
+from numba import config, njit, prange
+from numba.core.caching import FunctionCache
 
 __all__ = ["Kernel", "elementwise", "exact", "kernel", "prange", "reduction"]
 
@@ -26,9 +28,9 @@ __all__ = ["Kernel", "elementwise", "exact", "kernel", "prange", "reduction"]
 # stop vectorization; `nogil`: other Python threads go on.
 _common: dict[str, Any] = {"error_model": "numpy", "nogil": True}
 
-#: For a loop whose sum may be taken in any order, and whose last bits do not matter.
+#: For a sum whose last bits do not matter (the yardsticks). Those that do are spelled out in lanes: `kernels.lanes`.
 reduction = njit(fastmath={"reassoc", "nsz", "contract"}, **_common)
-#: For a loop without a sum: multiply and add in one rounding, nothing else.
+#: For leaves: multiply and add in one rounding, no other freedom.
 elementwise = njit(fastmath={"contract"}, **_common)
 #: For merges and everything else whose order of operations is part of the result.
 exact = njit(**_common)
@@ -63,10 +65,25 @@ def _build(body: Callable[..., Any], build: str, **flags: Any) -> Callable[..., 
         f"{body.__name__}_{build}_{source_stamp()}",
     )
     clone.__qualname__ = clone.__name__
-    try:
-        return njit(cache=True, **_common, **flags)(clone)  # type: ignore[no-any-return]
-    except RuntimeError:  # Numba found no folder that it may write to
-        return njit(**_common, **flags)(clone)  # type: ignore[no-any-return]
+    dispatcher = njit(**_common, **flags)(clone)
+    if not config.DISABLE_JIT:
+        with contextlib.suppress(RuntimeError, OSError):  # no folder that may be written to: compiled in every process
+            dispatcher._cache = _Cache(clone)
+    return dispatcher  # type: ignore[no-any-return]
+
+
+class _Cache(FunctionCache):  # type: ignore[misc]
+    """Numba's disk cache, of which no fault is worth an exception: a kernel that cannot be loaded is compiled."""
+
+    def load_overload(self, *args: Any) -> Any:
+        try:
+            return super().load_overload(*args)
+        except Exception:  # truncated, unreadable, of another version
+            return None
+
+    def save_overload(self, *args: Any) -> None:
+        with contextlib.suppress(Exception):  # full, read-only, gone
+            super().save_overload(*args)
 
 
 class Kernel:

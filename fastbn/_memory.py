@@ -6,6 +6,7 @@ of it are gone.
 """
 
 import os
+import warnings
 from collections import deque
 from typing import Any
 
@@ -106,7 +107,13 @@ def empty_pool() -> None:
 
 
 if "FASTBN_POOL_LIMIT" in os.environ:
-    set_pool_limit(int(os.environ["FASTBN_POOL_LIMIT"]))
+    try:
+        set_pool_limit(int(os.environ["FASTBN_POOL_LIMIT"]))
+    except ValueError:
+        warnings.warn(
+            f"FASTBN_POOL_LIMIT is {os.environ['FASTBN_POOL_LIMIT']!r}, expected a number of bytes; it is ignored",
+            stacklevel=2,
+        )
 
 
 def new(like: Array, dtype: np.dtype[Any], lay: Layout) -> Array:
@@ -135,8 +142,9 @@ class Target:
 
     def __init__(self, like: Array, dtype: np.dtype[Any], lay: Layout, out: Array | None) -> None:
         self.array = new(like, dtype, lay) if out is None else out
-        if is_dense(self.array, lay):
-            self._dense, self.flat = self.array, flat(self.array, lay)
+        plain = np.asarray(self.array)  # of a subclass: np.matrix cannot be made 1-d
+        if is_dense(plain, lay):
+            self._dense, self.flat = plain, flat(plain, lay)
         else:
             ordered = np.empty([like.shape[a] for a in lay.order], dtype)
             self._dense, self.flat = ordered.transpose(np.argsort(lay.order)), ordered.reshape(-1)
@@ -156,6 +164,6 @@ class Target:
 
     def finish(self) -> Array:
         """The output, complete."""
-        if self._dense is not self.array:
-            np.copyto(self.array, self._dense)
+        if not np.may_share_memory(self._dense, self.array):
+            np.copyto(np.asarray(self.array), self._dense)
         return self.array

@@ -13,6 +13,7 @@ Numba's own settings are the user's and stay as they are.
 import contextlib
 import ctypes
 import math
+import operator
 import os
 import site
 import sys
@@ -137,7 +138,8 @@ def get_num_threads() -> int:
     -------
     int
         What `set_num_threads` set, else Numba's count: the CPUs this process may run on, or ``NUMBA_NUM_THREADS``,
-        and no more than the CPU quota of its cgroup (Linux). Calls on fewer than 65,536 elements always use one.
+        and no more than the CPU quota of its cgroup (Linux). 1 in a forked child that must stay serial. Calls on
+        fewer than 65,536 elements always use one.
 
     Examples
     --------
@@ -147,6 +149,8 @@ def get_num_threads() -> int:
     1
     >>> fastbn.set_num_threads(None)
     """
+    if _serial_only:
+        return 1
     return min(_limit, _most_threads()) if _limit else default_threads()
 
 
@@ -170,9 +174,12 @@ def set_num_threads(n: int | None) -> None:
     """
     global _limit
     if n is not None:
-        if isinstance(n, bool) or not hasattr(n, "__index__"):
-            raise TypeError(f"set_num_threads: n is {n!r}, expected an int or None")
-        n = n.__index__()
+        try:
+            if isinstance(n, bool):
+                raise TypeError
+            n = operator.index(n)
+        except TypeError:
+            raise TypeError(f"set_num_threads: n is {n!r}, expected an int or None") from None
         if n < 1:
             raise ValueError(f"set_num_threads: n is {n}, expected at least 1")
     _limit = n
@@ -206,5 +213,23 @@ def _after_fork() -> None:
     _inside.clear()
 
 
+def _compiler_lock() -> Any:
+    numba = sys.modules.get("numba.core.compiler_lock")
+    return numba.global_compiler_lock if numba else contextlib.nullcontext()
+
+
+def _before_fork() -> None:
+    """Wait for a compilation in another thread: its lock would stay locked in the child for good."""
+    _forking.append(_compiler_lock())
+    _forking[-1].__enter__()
+
+
+def _fork_done() -> None:
+    _forking.pop().__exit__(None, None, None)
+
+
+_forking: list[Any] = []  # the lock held during a fork
+
 if hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=_before_fork, after_in_parent=_fork_done, after_in_child=_fork_done)
     os.register_at_fork(after_in_child=_after_fork)

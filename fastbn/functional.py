@@ -87,7 +87,8 @@ def batch_norm(
     params = _params(fn, gamma, beta, lay, of)
     dtype = _check.result_dtype(x)
     if out is not None:
-        _check.out(fn, out, x.shape, dtype, x, {"x": x})
+        reads = {"x": x, "mean": mean, "var": var, "gamma": gamma, "beta": beta}
+        _check.out(fn, out, x.shape, dtype, "x", reads)
     target = Target(x, dtype, lay, out)
     if lay.size:
         _forward(target.source(x, lay), target.flat, stats, params, eps, 1.0, lay, measure=False)
@@ -157,7 +158,7 @@ def batch_norm_train(
     params = _params(fn, gamma, beta, lay, _check.Of(x, axis))
     _check.more_than_one(fn, lay, x, axis)
     dtype = _check.result_dtype(x)
-    overwritten = out is not None and _check.out(fn, out, x.shape, dtype, x, {"x": x})
+    overwritten = out is not None and _check.out(fn, out, x.shape, dtype, "x", {"x": x, "gamma": gamma, "beta": beta})
     target = Target(x, dtype, lay, out)
     stats = np.zeros((2, lay.channels))
     if lay.size:
@@ -232,7 +233,7 @@ def batch_norm_backward(dy: npt.ArrayLike, saved: "Saved", *, out: Array | None 
     dtype = _check.result_dtype(x)
     dy = _check.gradient(fn, dy, x.shape)
     if out is not None:
-        _check.out(fn, out, x.shape, dtype, dy, {"dy": dy, "x": x})
+        _check.out(fn, out, x.shape, dtype, "dy", {"x": x, "dy": dy})
     point = saved._point(fn)
     target = Target(x, dtype, lay, out)
     grads = np.zeros((2, lay.channels))
@@ -305,7 +306,6 @@ class Saved:
         stats = np.empty((2, lay.channels))
         _put(stats[0], _check.parameter(fn, "mean", mean, lay.channel_shape, of))
         _put(stats[1], _check.variance(fn, "var", var, lay.channel_shape, of))
-        stats[1] *= lay.per_channel
         dtype = _check.result_dtype(x)
         return cls(
             x, lay, stats, _params(fn, gamma, beta, lay, of), _check.eps(fn, eps),
@@ -326,35 +326,43 @@ class Saved:
     @property
     def var(self) -> Array:
         """Variance per channel, divided by n, float64."""
-        var: Array = self._stats[1].reshape(self._layout.channel_shape) / max(self.count, 1)
+        var: Array = np.asarray(self._var().reshape(self._layout.channel_shape))
         return var
 
     @property
     def moments(self) -> Moments:
         """Count, mean and centred sum of squares, for `update_running` and merging."""
-        mean, m2 = self._stats.copy().reshape(2, *self._layout.channel_shape)
-        return Moments.trusted(self.count, mean, m2)
+        shape = self._layout.channel_shape
+        m2 = self._stats[1] * self.count if self.frozen else self._stats[1].copy()
+        return Moments.trusted(self.count, self._stats[0].copy().reshape(shape), m2.reshape(shape))
 
     def __repr__(self) -> str:
         return f"Saved(x={self.x.dtype}{self.x.shape}, channels={self._layout.channel_shape}, frozen={self.frozen})"
 
+    def _var(self) -> Array:
+        # A forward leaves m2 in the second row; where the statistics were given it is the variance itself.
+        var: Array = self._stats[1].copy() if self.frozen else self._stats[1] / max(self.count, 1)
+        return var
+
     def _point(self, fn: str) -> Array:
         """Rows centre, slope, scale: xhat = (x - centre) * slope, scale = gamma * invstd."""
         point = np.empty((3, self._layout.channels))
-        v = self._stats[1] / max(self.count, 1) + self.eps
+        v = self._var() + self.eps
         flat = v == 0.0
         if flat.any():  # as in the forward: a constant channel gives beta
             v[flat] = np.inf
         invstd = 1.0 / np.sqrt(v)
         gamma, beta = self._params
-        point[2] = gamma * invstd
+        with np.errstate(all="ignore"):
+            point[2] = gamma * invstd
         if self._overwritten:
             if not gamma.all():
                 raise ValueError(
                     f"{fn}: x was overwritten (batch_norm_train with out=x) and gamma is 0 in channel "
                     f"{int(np.argmin(gamma != 0))}, so x cannot be recovered from y; expected gamma without zeros"
                 )
-            point[0], point[1] = beta, 1.0 / gamma
+            with np.errstate(all="ignore"):
+                point[0], point[1] = beta, 1.0 / gamma
         else:
             point[0], point[1] = self._stats[0], invstd
         return point

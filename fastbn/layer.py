@@ -22,7 +22,7 @@ class BatchNorm:
     Parameters
     ----------
     channels : int or tuple of ints
-        Number of channels C; a tuple where `axis` is one.
+        Number of channels C; a tuple where `axis` is one, in the order of x's axes.
     axis : int or tuple of ints
         The **channel** axis: NCHW 1, NHWC -1. See `batch_norm`.
     eps : float
@@ -143,6 +143,9 @@ class BatchNorm:
         save = self.training if save is None else save
         batch_statistics = self.training or not self.track_running_stats
         if batch_statistics:
+            if self.training and self.track_running_stats:
+                for name in ("running_mean", "running_var"):
+                    _check.statistic(fn, name, getattr(self, name), self.channels)
             y, saved = batch_norm_train(x, self.gamma, self.beta, axis=self.axis, eps=self.eps, out=out)
             if self.training:
                 self._track(saved)
@@ -198,7 +201,7 @@ class BatchNorm:
         Returns
         -------
         BatchNorm
-            The layer. Nothing changes if the iteration fails or there is no sample.
+            The layer. Nothing changes if the iteration fails or there is no sample; num_batches_tracked never does.
 
         Raises
         ------
@@ -214,6 +217,8 @@ class BatchNorm:
         fn = "BatchNorm.fit_population"
         mean, var = self._running(fn)
         pool = Moments.empty(self.channels)
+        if not isinstance(batches, Iterable):
+            raise TypeError(f"{fn}: batches is of type {type(batches).__name__}, expected an iterable of arrays")
         for batch in batches:
             x = _check.array(fn, "batch", batch)
             _check.channels(fn, x, self.axis, self.channels)
@@ -222,7 +227,8 @@ class BatchNorm:
             raise ValueError(
                 f"{fn}: batches have {pool.count} values per channel, expected at least {self.correction + 1}"
             )
-        mean[...], var[...] = pool.mean, pool.var(self.correction)
+        with np.errstate(all="ignore"):
+            mean[...], var[...] = pool.mean, pool.var(self.correction)
         self._pool = pool
         return self
 
@@ -243,33 +249,37 @@ class BatchNorm:
         -----
         Folded, digits are lost where abs(mean) is large beside the standard deviation; `batch_norm` does not lose them.
         """
-        mean, var = (s.astype(np.float64) for s in self._running("BatchNorm.fold"))
-        v = var + self.eps
-        with np.errstate(divide="ignore"):
+        fn = "BatchNorm.fold"
+        mean, var = (s.astype(np.float64) for s in self._running(fn))
+        v = _check.variance(fn, "running_var", var, self.channels) + self.eps
+        with np.errstate(all="ignore"):
             scale = np.where(v == 0, 0.0, 1.0 / np.sqrt(v))
-        if self.gamma is not None:
-            scale = scale * self.gamma
-        shift = -mean * scale
-        if self.beta is not None:
-            shift = shift + self.beta
-        return scale.astype(self.dtype), np.asarray(shift).astype(self.dtype)
+            if self.gamma is not None:
+                scale = scale * self.gamma
+            shift = -mean * scale
+            if self.beta is not None:
+                shift = shift + self.beta
+            return np.asarray(scale).astype(self.dtype), np.asarray(shift).astype(self.dtype)
 
     def state_dict(self) -> dict[str, Any]:
         """Copies of gamma, beta, running_mean, running_var and num_batches_tracked, as far as the layer has them.
 
-        With ``momentum=None`` also running_count, the number of values per channel behind the running statistics.
+        With ``momentum=None`` also running_count and running_m2, the number of values per channel behind the running
+        statistics and their centred sum of squares.
         """
         state: dict[str, Any] = {name: a.copy() for name, a in self._arrays().items()}
         if self.track_running_stats:
             state["num_batches_tracked"] = self.num_batches_tracked
             if self.momentum is None:
                 state["running_count"] = self._pool.count
+                state["running_m2"] = self._pool.m2.copy()
         return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> Self:
         """Set everything that `state_dict` returns, in place; returns the layer.
 
-        Without running_count, a layer with ``momentum=None`` starts a new pool at its next training call.
+        It drops what a forward has saved for `backward`. Without running_count and running_m2, a layer with
+        ``momentum=None`` starts a new pool at its next training call; a layer of another momentum ignores them.
 
         Raises
         ------
@@ -281,22 +291,24 @@ class BatchNorm:
         fn = "BatchNorm.load_state_dict"
         arrays = self._arrays()
         counters = ["num_batches_tracked"] if self.track_running_stats else []
-        pooled = self.track_running_stats and self.momentum is None
-        optional = ["running_count"] if pooled else []
-        _check.keys(fn, state, [*arrays, *counters], optional)
+        _check.keys(
+            fn, state, [*arrays, *counters], ["running_count", "running_m2"] if self.track_running_stats else []
+        )
         values = {}
         for name, a in arrays.items():
             check = _check.variance if name == "running_var" else _check.parameter
             values[name] = check(fn, name, state[name], a.shape, ", the layer's channels")
-        counts = {name: _check.count(fn, name, state[name]) for name in [*counters, *optional] if name in state}
-        for name, a in arrays.items():
-            a[...] = values[name]
-        self.num_batches_tracked = counts.get("num_batches_tracked", 0)
-        if pooled:
-            mean, var = self._running(fn)
-            n = counts.get("running_count", 0)
-            self._pool = Moments(n, mean.copy(), var * max(n - self.correction, 0)) if n else Moments.empty(mean.shape)
-        self._saved = None
+        batches = _check.count(fn, "num_batches_tracked", state["num_batches_tracked"]) if counters else 0
+        pool = Moments.empty(self.channels)
+        if self.momentum is None and "running_count" in state and "running_m2" in state:
+            n = _check.count(fn, "running_count", state["running_count"])
+            m2 = _check.variance(fn, "running_m2", state["running_m2"], self.channels, ", the layer's channels")
+            mean = np.array(np.broadcast_to(values["running_mean"], self.channels), np.float64)
+            pool = Moments(n, mean, np.array(np.broadcast_to(m2, self.channels), np.float64))
+        with np.errstate(all="ignore"):
+            for name, a in arrays.items():
+                a[...] = values[name]
+        self.num_batches_tracked, self._pool, self._saved = batches, pool, None
         return self
 
     def __repr__(self) -> str:
@@ -328,4 +340,5 @@ class BatchNorm:
             update_running(mean, var, saved.moments, momentum=self.momentum, correction=self.correction)
         else:
             self._pool += saved.moments
-            mean[...], var[...] = self._pool.mean, self._pool.var(self.correction)
+            with np.errstate(all="ignore"):
+                mean[...], var[...] = self._pool.mean, self._pool.var(self.correction)

@@ -16,10 +16,11 @@ Array = npt.NDArray[Any]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Moments:
-    """Count, mean and centred sum of squares of each channel: a value that merges exactly.
+    """Count, mean and centred sum of squares of each channel: a value that merges.
 
     ``m1 + m2`` are the moments of both sets of values together, so that statistics can be taken over batches, files,
-    processes or machines. `empty` is the zero of that sum.
+    processes or machines, whatever their sizes. `empty` is the zero of that sum; up to the last rounding it is
+    associative and commutative.
 
     Parameters
     ----------
@@ -49,11 +50,7 @@ class Moments:
 
     def __post_init__(self) -> None:
         fn = "Moments"
-        if isinstance(self.count, bool) or not hasattr(self.count, "__index__"):
-            raise TypeError(f"{fn}: count is {self.count!r}, expected an int")
-        object.__setattr__(self, "count", self.count.__index__())
-        if self.count < 0:
-            raise ValueError(f"{fn}: count is {self.count}, expected at least 0")
+        object.__setattr__(self, "count", _check.count(fn, "count", self.count))
         for name in ("mean", "m2"):
             object.__setattr__(self, name, _check.array(fn, name, getattr(self, name)).astype(np.float64, copy=False))
         if self.mean.shape != self.m2.shape:
@@ -73,7 +70,8 @@ class Moments:
     @classmethod
     def empty(cls, channels: int | tuple[int, ...]) -> Self:
         """The moments of no values: ``Moments.empty(c) + m`` is m."""
-        return cls(0, np.zeros(channels), np.zeros(channels))
+        shape = _check.channel_shape("Moments.empty", channels, least=0)
+        return cls(0, np.zeros(shape), np.zeros(shape))
 
     def merge(self, other: "Moments") -> "Moments":
         """The moments of both sets of values together; the same as ``self + other``."""
@@ -87,10 +85,11 @@ class Moments:
             return self if self.count else other
         count = self.count + other.count
         share = other.count / count
-        delta = other.mean - self.mean
-        return Moments.trusted(
-            count, self.mean + delta * share, self.m2 + other.m2 + delta * delta * (self.count * share)
-        )
+        with np.errstate(all="ignore"):
+            delta = np.asarray(other.mean - self.mean)
+            m2 = np.asarray(self.m2 + other.m2 + delta * delta * (self.count * share))
+            mean = np.asarray(self.mean + delta * share)
+        return Moments.trusted(count, mean, m2)
 
     def __add__(self, other: object) -> "Moments":
         return self.merge(other) if isinstance(other, Moments) else NotImplemented
@@ -156,7 +155,7 @@ def moments(x: npt.ArrayLike, *, axis: int | tuple[int, ...] = 1) -> Moments:
         no_y = np.empty(0, _check.result_dtype(x))
         kernel = kernels.forward.forward_runs if lay.whole.runs else kernels.forward.forward_rows
         run(kernel, lay.size, flat, no_y, stats, stats, 0.0, float(lay.per_channel), True, False, lay.whole.sizes)
-    mean, m2 = stats.reshape(2, *lay.channel_shape)
+    mean, m2 = (s.reshape(lay.channel_shape) for s in stats)
     return Moments.trusted(lay.per_channel, mean, m2)
 
 
@@ -205,8 +204,10 @@ def update_running(
         return
     if m.count <= correction:
         raise ValueError(f"{fn}: m.count is {m.count}, expected at least 2 with correction=1")
-    running_mean[...] = _blend(running_mean, m.mean, momentum)
-    running_var[...] = _blend(running_var, m.var(correction), momentum)
+    _check.apart(fn, "running_mean", running_mean, "running_var", running_var)
+    with np.errstate(all="ignore"):
+        running_mean[...] = _blend(running_mean, m.mean, momentum)
+        running_var[...] = _blend(running_var, m.var(correction), momentum)
 
 
 def _blend(old: Array, new: Array, momentum: float) -> Array:
@@ -215,4 +216,5 @@ def _blend(old: Array, new: Array, momentum: float) -> Array:
         return new
     if momentum == 1.0:
         return old
-    return momentum * old.astype(np.float64) + (1.0 - momentum) * new
+    with np.errstate(all="ignore"):
+        return momentum * old.astype(np.float64) + (1.0 - momentum) * new

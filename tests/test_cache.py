@@ -107,3 +107,13 @@ def test_without_a_writable_folder_it_works_uncached(package, cache_dir):
     assert not found["hits"].get("serial")
     assert found["folder"].startswith("none is writable")
     assert not files(package.folder, "nbi")
+
+
+@pytest.mark.parametrize("damage", ["empty", "half", "noise"])
+@pytest.mark.parametrize("kind", ["nbi", "nbc"])
+def test_a_damaged_cache_file_is_no_fault(package, tmp_path, kind, damage):
+    assert package("serial")["misses"]["serial"] == 1
+    for path in (tmp_path / "cache").rglob(f"*.{kind}"):
+        content = path.read_bytes()
+        path.write_bytes({"empty": b"", "half": content[: len(content) // 2], "noise": b"\x07" * len(content)}[damage])
+    assert package("serial")["y"] == {"serial": Y}

@@ -286,3 +286,50 @@ def test_bad_numbers_of_threads(n, error):
 )
 def test_bad_warmups(arguments, argument, error):
     refused(lambda: fastbn.warmup(**arguments), "warmup", argument, error)
+
+
+def test_dx_over_the_saved_x_is_refused(rng):
+    """Even where dy is x itself, which dx may overwrite: the next backward would need x."""
+    x = rng.normal(size=(6, 3))
+    _, saved = fastbn.batch_norm_train(x)
+    before = x.copy()
+    with pytest.raises(ValueError, match="batch_norm_backward: out shares memory with x"):
+        fastbn.batch_norm_backward(x, saved, out=x)
+    np.testing.assert_array_equal(x, before)
+
+
+@pytest.mark.parametrize("name", ["mean", "var", "gamma", "beta"])
+def test_an_out_over_a_parameter_is_refused(rng, name):
+    out = np.ones((6, 3))
+    parameters = dict.fromkeys(("mean", "var", "gamma", "beta"), 1.0) | {name: out[2]}
+    with pytest.raises(ValueError, match=f"out shares memory with {name}"):
+        fastbn.batch_norm(rng.normal(size=(6, 3)), **parameters, out=out)
+    assert (out == 1).all()
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: fastbn.batch_norm(np.ones((2, 1)), 0, 1, eps=10**400), ValueError, "batch_norm: eps"),
+        (lambda: fastbn.Moments.empty(3).var(np.array([0, 1])), ValueError, "Moments.var: correction"),
+        (lambda: fastbn.set_num_threads(np.array([1, 2])), TypeError, "set_num_threads: n"),
+        (lambda: fastbn.Moments(np.array([1, 2]), [0], [0]), TypeError, "Moments: count"),
+        (lambda: fastbn.Moments.empty(-1), ValueError, "Moments.empty: channels"),
+        (lambda: fastbn.Moments.empty(2.5), TypeError, "Moments.empty: channels"),
+        (lambda: fastbn.BatchNorm(3).fit_population(3), TypeError, "fit_population: batches"),
+        (lambda: fastbn.warmup(None, [7]), ValueError, "warmup: axis 7"),
+        (lambda: fastbn.warmup(axes=((1, 2),)), TypeError, "warmup: axes"),
+    ],
+)
+def test_messages_name_function_and_argument(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
+
+
+@pytest.mark.parametrize("arguments", [["warmup", "--dtypes", "foo"], ["warmup", "--axes", "9"], ["--threads", "0"]])
+def test_the_command_line_refuses_without_a_traceback(capsys, arguments):
+    from fastbn.__main__ import main
+
+    with pytest.raises(SystemExit, match="2"):
+        main(arguments)
+    assert "error: " in capsys.readouterr().err

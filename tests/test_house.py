@@ -3,6 +3,7 @@
 import ast
 import doctest
 import inspect
+import subprocess
 import sys
 from pathlib import Path
 
@@ -190,3 +191,15 @@ def test_everything_after_the_arrays_is_keyword_only(name, arrays):
     parameters = inspect.signature(getattr(fastbn, name)).parameters.values()
     assert [p.name for p in parameters if p.kind == p.POSITIONAL_OR_KEYWORD] == arrays
     assert all(p.kind == p.KEYWORD_ONLY for p in list(parameters)[len(arrays) :])
+
+
+def test_no_tracked_file_is_ignored():
+    """Such as compiled kernels."""
+    root = PACKAGE.parent
+    if not (root / ".git").exists():
+        pytest.skip("not a git checkout")
+    listed = subprocess.run(
+        ["git", "ls-files", "--cached", "--ignored", "--exclude-standard"], cwd=root, capture_output=True, text=True
+    )
+    assert listed.returncode == 0, listed.stderr
+    assert listed.stdout == ""

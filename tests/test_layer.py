@@ -375,3 +375,48 @@ def test_a_state_with_keys_missing_changes_nothing():
     del state["beta"]
     refused(lambda: bn.load_state_dict(state), "BatchNorm.load_state_dict", "beta", ValueError)
     refused(lambda: bn.load_state_dict([1]), "BatchNorm.load_state_dict", "state", TypeError)
+
+
+@pytest.mark.parametrize("spoil", [lambda a: a.setflags(write=False), lambda a: a.resize((5,), refcheck=False)])
+def test_a_spoiled_statistic_is_found_before_anything_is_written(rng, spoil):
+    bn = fastbn.BatchNorm(3)
+    x = rng.normal(size=(4, 3)).astype("float32")
+    out = np.full_like(x, 7)
+    spoil(bn.running_var)
+    with pytest.raises(ValueError, match="BatchNorm: running_var"):
+        bn(x, out=out)
+    assert (out == 7).all()
+    assert bn.num_batches_tracked == 0
+    assert (bn.running_mean == 0).all()
+
+
+@pytest.mark.parametrize("momentum", [0.9, None])
+def test_infinite_data_pass_without_warnings(momentum):
+    """Warnings are errors here: one in the middle of an update would leave it half done."""
+    bn = fastbn.BatchNorm(1, momentum=momentum)
+    for value in (np.inf, -np.inf, 1.0):
+        bn(np.array([[value], [1.0], [2.0]], np.float32))
+    bn.backward(np.ones((3, 1), np.float32))
+    bn.fold()
+    assert np.isnan(bn.running_mean).all()
+    assert bn.num_batches_tracked == 3
+
+
+def test_a_pool_resumes_with_the_same_bits(rng):
+    for seed in range(50):
+        batches = [np.random.default_rng(seed).normal(3, 2, (n, 2)) for n in (5, 8, 3)]
+        bn = fastbn.BatchNorm(2, momentum=None, dtype="float64")
+        bn(batches[0])
+        bn(batches[1])
+        other = fastbn.BatchNorm(2, momentum=None, dtype="float64").load_state_dict(bn.state_dict())
+        for layer in (bn, other):
+            layer(batches[2])
+        np.testing.assert_array_equal(bn.running_var, other.running_var)
+        np.testing.assert_array_equal(bn.running_mean, other.running_mean)
+
+
+def test_a_pooled_state_serves_a_layer_of_another_momentum(rng):
+    bn = fastbn.BatchNorm(2, momentum=None)
+    bn(rng.normal(size=(9, 2)))
+    plain = fastbn.BatchNorm(2).load_state_dict(bn.state_dict())
+    np.testing.assert_allclose(plain.running_var, bn.running_var, rtol=1e-7)

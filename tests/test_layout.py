@@ -233,3 +233,18 @@ def test_what_is_saved_does_not_follow_the_parameters(rng):
     d.beta += 1
     for a, b in zip(fastbn.batch_norm_backward(d.dy, saved), expected, strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("verb", ["batch_norm", "batch_norm_train", "batch_norm_backward"])
+def test_out_of_a_subclass_that_stays_two_dimensional(rng, verb):
+    """np.matrix cannot be made 1-d: its memory is used as a plain array's."""
+    x = rng.normal(size=(301, 20))
+    out = np.matrix(np.empty_like(x))
+    _, saved = fastbn.batch_norm_train(x)
+    calls = {
+        "batch_norm": lambda **kw: fastbn.batch_norm(x, saved.mean, saved.var, **kw),
+        "batch_norm_train": lambda **kw: fastbn.batch_norm_train(x, **kw)[0],
+        "batch_norm_backward": lambda **kw: fastbn.batch_norm_backward(x, saved, **kw)[0],
+    }
+    assert calls[verb](out=out) is out
+    np.testing.assert_array_equal(np.asarray(out), calls[verb]())

@@ -229,3 +229,25 @@ def test_the_bits_are_those_of_every_layer():
     available = [layer for layer in LAYERS if not unavailable(layer)]
     found = {run_script(PREAMBLE + "print(digest())", NUMBA_THREADING_LAYER=layer) for layer in available}
     assert len(found) == 1
+
+
+@FORKS
+def test_a_fork_while_another_thread_compiles(tmp_path):
+    """The child must not find Numba's compiler lock held by a thread that it does not have."""
+    script = """
+import os, signal, threading, time
+import numpy as np, fastbn
+x = np.random.default_rng(0).normal(size=(4, 16, 40, 40)).astype("float32")
+fastbn.moments(np.ones((3, 2)))  # Numba is loaded
+thread = threading.Thread(target=lambda: fastbn.batch_norm_train(x))
+thread.start()
+time.sleep(0.5)
+pid = os.fork()
+if not pid:
+    signal.alarm(60)
+    fastbn.batch_norm_train(x)
+    os._exit(0)
+thread.join()
+print(os.waitpid(pid, 0)[1])
+"""
+    assert run_script(script, NUMBA_CACHE_DIR=str(tmp_path)).split()[-1] == "0"

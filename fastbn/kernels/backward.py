@@ -17,9 +17,9 @@ and x twice, the second time from the end. dx may be dy.
 import numpy as np
 
 from .._jit import elementwise, exact, kernel, prange
-from .forward import FUSED, ONE, SUMS, WRITE, ZERO, gather, spread
+from .forward import FUSED, ONE, SUMS, WRITE, ZERO, fold_columns, spread
 from .lanes import LANES, load, load64, minus, muladd, plus, store, times, total, zeros
-from .leaves import SEGMENT, normalize_row, normalize_run
+from .leaves import SEGMENT, normalize_rows, normalize_run
 
 FROZEN = 3  # sums and dx of a tile at once: dx does not wait for the sums
 
@@ -44,31 +44,33 @@ def run_products(dy, x, centre):
 
 
 @elementwise
-def row_products(dy, x, centre, s, q):
-    """Add one row to the column sums."""
-    whole = dy.size // LANES * LANES
-    for j in range(0, whole, LANES):
-        g = load64(dy, j)
-        store(s, j, plus(load(s, j), g))
-        store(q, j, muladd(g, minus(load64(x, j), load(centre, j)), load(q, j)))
-    for j in range(whole, dy.size):
-        g = np.float64(dy[j])
-        s[j] += g
-        q[j] += g * (x[j] - centre[j])
-
-
-@elementwise
-def two_row_products(dya, dyb, xa, xb, centre, s, q):
-    """Add two rows in one sweep over s and q."""
-    whole = dya.size // LANES * LANES
-    for j in range(0, whole, LANES):
-        ga, gb, c = load64(dya, j), load64(dyb, j), load(centre, j)
-        store(s, j, plus(load(s, j), plus(ga, gb)))
-        store(q, j, muladd(gb, minus(load64(xb, j), c), muladd(ga, minus(load64(xa, j), c), load(q, j))))
-    for j in range(whole, dya.size):
-        ga, gb = np.float64(dya[j]), np.float64(dyb[j])
-        s[j] += ga + gb
-        q[j] = gb * (xb[j] - centre[j]) + (ga * (xa[j] - centre[j]) + q[j])
+def block_products(dy, x, i, rows, stride, centre, s, q):
+    """Add to the column sums s and q those of `rows` rows, `stride` elements apart, from element i on; two a sweep."""
+    w = centre.size
+    whole = w // LANES * LANES
+    swept = rows // 2 * 2
+    for r in range(0, swept, 2):
+        a = i + r * stride
+        b = a + stride
+        for j in range(0, whole, LANES):
+            ga, gb, c = load64(dy, a + j), load64(dy, b + j), load(centre, j)
+            store(s, j, plus(load(s, j), plus(ga, gb)))
+            products = muladd(ga, minus(load64(x, a + j), c), load(q, j))
+            store(q, j, muladd(gb, minus(load64(x, b + j), c), products))
+        for j in range(whole, w):
+            ha, hb = np.float64(dy[a + j]), np.float64(dy[b + j])
+            s[j] += ha + hb
+            q[j] = hb * (x[b + j] - centre[j]) + (ha * (x[a + j] - centre[j]) + q[j])
+    for r in range(swept, rows):
+        a = i + r * stride
+        for j in range(0, whole, LANES):
+            ga = load64(dy, a + j)
+            store(s, j, plus(load(s, j), ga))
+            store(q, j, muladd(ga, minus(load64(x, a + j), load(centre, j)), load(q, j)))
+        for j in range(whole, w):
+            ha = np.float64(dy[a + j])
+            s[j] += ha
+            q[j] = ha * (x[a + j] - centre[j]) + q[j]
 
 
 @elementwise
@@ -139,14 +141,18 @@ def dx_channel_ahead(dy, x, dx, i, j, outer, stride, inner, scale, weight, slope
 
 
 @elementwise
-def dx_row(dy, x, dx, scale, weight, slope, centre, shift):
-    """`dx_run` over one row, with a coefficient per column."""
-    whole = dy.size // LANES * LANES
-    for j in range(0, whole, LANES):
-        xhat = times(minus(load(x, j), load(centre, j)), load(slope, j))
-        store(dx, j, muladd(load(dy, j), load(scale, j), muladd(xhat, load(weight, j), load(shift, j))))
-    for j in range(whole, dy.size):
-        dx[j] = scale[j] * dy[j] + (weight[j] * ((x[j] - centre[j]) * slope[j]) + shift[j])
+def dx_rows(dy, x, dx, i, rows, stride, scale, weight, slope, centre, shift):
+    """`dx_run` for `rows` rows, `stride` elements apart, from element i on, with coefficients per column."""
+    w = centre.size
+    whole = w // LANES * LANES
+    for r in range(rows):
+        a = i + r * stride
+        for j in range(0, whole, LANES):
+            xhat = times(minus(load(x, a + j), load(centre, j)), load(slope, j))
+            store(dx, a + j, muladd(load(dy, a + j), load(scale, j), muladd(xhat, load(weight, j), load(shift, j))))
+        for j in range(whole, w):
+            xhat_j = (x[a + j] - centre[j]) * slope[j]
+            dx[a + j] = scale[j] * dy[a + j] + (weight[j] * xhat_j + shift[j])
 
 
 # ------------------------------------------------------------------------------------------------ parts of both kernels
@@ -258,98 +264,90 @@ def backward_runs(dy, x, dx, point, count, grads, frozen, sizes):
 
 
 @exact
-def block_products(dy, x, start, rows, stride, centre, s, q):
-    """Set the column sums s and q over `rows` rows, `stride` elements apart, from element `start` on."""
-    w = centre.size
-    for j in range(w):
-        s[j] = 0.0
-        q[j] = 0.0
-    swept = rows // 2 * 2
-    for r in range(0, swept, 2):
-        i = start + r * stride
-        j = i + stride
-        two_row_products(dy[i : i + w], dy[j : j + w], x[i : i + w], x[j : j + w], centre, s, q)
-    for r in range(swept, rows):
-        i = start + r * stride
-        row_products(dy[i : i + w], x[i : i + w], centre, s, q)
+def fused_strip(first, last, dy, x, dx, point, count, grads, outer, stride, inner):
+    """All of a few channels: their sums, and while dy and x are in the cache, their dx."""
+    start = first * inner
+    w = (last - first) * inner
+    own = np.empty((1, 2, last - first))
+    centre = np.empty(w)
+    part = np.zeros((1, 2, w))
+    k = np.empty((5, last - first), dx.dtype)
+    by_column = np.empty((5, w), dx.dtype)
+    spread(point[0, first:last], inner, centre)
+    block_products(dy, x, start, outer, stride, centre, part[0, 0], part[0, 1])
+    fold_columns(part, inner, own)
+    finish_sums(own, point, grads, first)
+    dx_coefficients(point, grads, count, first, k, False)
+    for i in range(5):
+        spread(k[i], inner, by_column[i])
+    dx_rows(dy, x, dx, start, outer, stride, by_column[0], by_column[1], by_column[2], by_column[3], by_column[4])
 
 
 @exact
-def strip_products(dy, x, start, rows, stride, rest, inner, centre, part, b, first, columns):
-    """Set part[b, :, first ...] to the sums of `rows` rows of a strip, and of `rest` elements of one row more."""
-    sums = part[b, 0, first : first + centre.size]
-    products = part[b, 1, first : first + centre.size]
-    for c in range(centre.size):
-        sums[c] = 0.0
-        products[c] = 0.0
-    spread(centre, inner, columns[0])
-    block_products(dy, x, start, rows, stride, columns[0], columns[1], columns[2])
-    gather(columns[1], inner, sums)
-    gather(columns[2], inner, products)
-    if rest > 0:
-        end = start + rows * stride
-        block_products(dy, x, end, ONE, stride, columns[0, :rest], columns[1, :rest], columns[2, :rest])
-        gather(columns[1, :rest], inner, sums)
-        gather(columns[2, :rest], inner, products)
+def block_dx(dy, x, dx, start, rows, stride, frozen, low, high, k):
+    """dx of the columns from `low` to `high` of some rows; `k` (5) is by column."""
+    scale, weight, slope, centre, shift = k[0, low:high], k[1, low:high], k[2, low:high], k[3, low:high], k[4, low:high]
+    if frozen:  # centre and shift are 0
+        normalize_rows(dy, dx, start, rows, stride, centre, scale, shift)
+    else:
+        dx_rows(dy, x, dx, start, rows, stride, scale, weight, slope, centre, shift)
 
 
 @exact
-def strip_dx(dy, x, dx, start, rows, stride, rest, frozen, k):
-    """dx of a strip, with the coefficients `k` (5, columns)."""
-    for r in range(rows + (rest > 0)):
-        i = start + r * stride
-        w = k.shape[1] if r < rows else rest
-        j = i + w
-        if frozen:  # centre and shift are 0
-            normalize_row(dy[i:j], dx[i:j], k[3, :w], k[0, :w], k[4, :w])
-        else:
-            dx_row(dy[i:j], x[i:j], dx[i:j], k[0, :w], k[1, :w], k[2, :w], k[3, :w], k[4, :w])
-
-
-@exact
-def rows_tile(phase, t, dy, x, dx, point, count, grads, part, sizes):
-    """A block of rows of a strip of channels: its partial sums, its dx, or all there is to do with it."""
-    total, width, channels, inner, block, blocks, panel, panels, _ = sizes
-    b, first = t // panels, t % panels * panel
-    last = min(first + panel, channels)
+def rows_tile(phase, t, dy, x, dx, centre, part, k, sizes):
+    """A block of rows of a strip: its column sums, its dx, or both. `centre` and `k` (5) are by column."""
+    total, width, _, inner, block, blocks, panel, panels, _ = sizes
+    b, p = t // panels, t % panels
+    low = p * panel * inner
+    high = width if p == panels - 1 else low + panel * inner
     full = total // width
     rows = min(block, full - b * block)
-    rest = total - full * width if b == blocks - 1 else 0
-    start = b * block * width + first * inner
-    w = width if panels == 1 else (last - first) * inner
-    columns = np.empty((3, w))
-    centre = point[0, first:last]
-    if phase == FUSED:
-        own = np.empty((1, 2, last - first))
-        strip_products(dy, x, start, rows, width, rest, inner, centre, own, ZERO, ZERO, columns)
-        finish_sums(own, point, grads, first)
-    elif phase != WRITE:
-        strip_products(dy, x, start, rows, width, rest, inner, centre, part, b, first, columns)
+    rest = total - full * width if b == blocks - 1 else 0  # elements of a last row that is not full
+    start = b * block * width + low
+    end = start + rows * width
+    if phase != WRITE:
+        block_products(dy, x, start, rows, width, centre[low:high], part[b, 0, low:high], part[b, 1, low:high])
+        if rest > 0:
+            block_products(dy, x, end, ONE, width, centre[:rest], part[b, 0, :rest], part[b, 1, :rest])
     if phase != SUMS:
-        k = np.empty((5, last - first), dx.dtype)
-        dx_coefficients(point, grads, count, first, k, phase == FROZEN)
-        spread_k = np.empty((5, w), dx.dtype)
-        for i in range(5):
-            spread(k[i], inner, spread_k[i])
-        strip_dx(dy, x, dx, start, rows, width, rest, phase == FROZEN, spread_k)
+        block_dx(dy, x, dx, start, rows, width, phase == FROZEN, low, high, k)
+        if rest > 0:
+            block_dx(dy, x, dx, end, ONE, width, phase == FROZEN, ZERO, rest, k)
 
 
 @kernel
 def backward_rows(dy, x, dx, point, count, grads, frozen, sizes):
     """Short inner runs. `sizes` is that of `grid`; a frozen backward takes the split one."""
-    _, _, channels, _, _, blocks, _, panels, fused = sizes
+    total, width, channels, inner, _, blocks, panel, panels, fused = sizes
     phase = FUSED if fused else FROZEN if frozen else SUMS
-    part = np.empty((0 if fused else blocks, 2, channels))
     tiles = blocks * panels
+    outer = total // (channels * inner)
+    own = np.empty((1, 2, channels))
+    part = np.zeros((0 if fused else blocks, 2, width))
+    centre = np.empty(0 if fused else width)
+    k = np.empty((5, 0 if fused else channels), dx.dtype)
+    k_columns = np.empty((5, 0 if fused else width), dx.dtype)
+    if not fused:
+        spread(point[0], inner, centre)
     while True:
+        if phase == WRITE or phase == FROZEN:
+            dx_coefficients(point, grads, count, ZERO, k, phase == FROZEN)
+            for i in range(5):
+                spread(k[i], inner, k_columns[i])
         for t in prange(tiles):
-            rows_tile(
-                phase, tiles - 1 - np.intp(t) if phase == WRITE else np.intp(t), dy, x, dx, point, count, grads,
-                part, sizes,
-            )  # fmt: skip
+            if phase == FUSED:
+                first = np.intp(t) * panel
+                last = min(first + panel, channels)
+                fused_strip(first, last, dy, x, dx, point, count, grads, outer, channels * inner, inner)
+            else:
+                rows_tile(
+                    phase, tiles - 1 - np.intp(t) if phase == WRITE else np.intp(t), dy, x, dx, centre, part, k_columns,
+                    sizes,
+                )  # fmt: skip
         if phase == FUSED or phase == WRITE:
             break
-        finish_sums(part, point, grads, ZERO)
+        fold_columns(part, inner, own)
+        finish_sums(own, point, grads, ZERO)
         if phase == FROZEN:
             break
         phase = WRITE

@@ -19,7 +19,7 @@ from .leaves import (
     channel_sums,
     inverse_std,
     normalize_channel_ahead,
-    normalize_row,
+    normalize_rows,
     normalize_run,
     run_sums,
     settle,
@@ -160,105 +160,128 @@ def gather(per_column, inner, per_channel):
 
 
 @exact
-def row_pivots(x, start, outer, stride, inner, pivot, columns):
+def fold_columns(part, inner, own):
+    """Add up the tiles' column sums part (tiles, 2, columns), in that order, and set own (1, 2, channels) to them."""
+    column = np.empty(part.shape[2])
+    for i in range(2):
+        for j in range(column.size):
+            column[j] = 0.0
+        for t in range(part.shape[0]):
+            for j in range(column.size):
+                column[j] += part[t, i, j]
+        for c in range(own.shape[2]):
+            own[0, i, c] = 0.0
+        gather(column, inner, own[0, i])
+
+
+@exact
+def row_pivots(x, start, outer, stride, inner, pivot):
     """The pivot of each channel of a strip: its mean over the first rows."""
     rows = min(outer, -(-PIVOT_ROWS // inner))
-    w = pivot.size * inner
     first = np.empty(pivot.size)
+    own = np.empty((1, 2, pivot.size))
+    columns = np.empty(pivot.size * inner)
+    part = np.zeros((1, 2, columns.size))
     for c in range(pivot.size):
         first[c] = x[start + c * inner]
-        pivot[c] = 0.0
-    spread(first, inner, columns[0, :w])
-    block_sums(x, start, rows, stride, columns[0, :w], columns[1, :w], columns[2, :w])
-    gather(columns[1, :w], inner, pivot)
+    spread(first, inner, columns)
+    block_sums(x, start, rows, stride, columns, part[0, 0], part[0, 1])
+    fold_columns(part, inner, own)
     for c in range(pivot.size):
-        pivot[c] = first[c] + pivot[c] / (rows * inner)
+        pivot[c] = first[c] + own[0, 0, c] / (rows * inner)
 
 
 @exact
-def strip_sums(x, start, rows, stride, rest, inner, pivot, part, b, first, columns):
-    """Set part[b, :, first ...] to the sums of `rows` rows of a strip, and of `rest` elements of one row more."""
-    sums = part[b, 0, first : first + pivot.size]
-    squares = part[b, 1, first : first + pivot.size]
-    for c in range(pivot.size):
-        sums[c] = 0.0
-        squares[c] = 0.0
-    spread(pivot, inner, columns[0])
-    block_sums(x, start, rows, stride, columns[0], columns[1], columns[2])
-    gather(columns[1], inner, sums)
-    gather(columns[2], inner, squares)
-    if rest > 0:
-        block_sums(x, start + rows * stride, ONE, stride, columns[0, :rest], columns[1, :rest], columns[2, :rest])
-        gather(columns[1, :rest], inner, sums)
-        gather(columns[2, :rest], inner, squares)
-
-
-@exact
-def strip_write(x, y, start, rows, stride, rest, inner, k):
-    """y of a strip, with the coefficients `k` (3, columns)."""
-    w = k.shape[1]
-    centre, scale, shift = k[0], k[1], k[2]
-    for r in range(rows):
-        i = start + r * stride
-        normalize_row(x[i : i + w], y[i : i + w], centre, scale, shift)
-    if rest > 0:
-        i = start + rows * stride
-        normalize_row(x[i : i + rest], y[i : i + rest], centre[:rest], scale[:rest], shift[:rest])
-
-
-@exact
-def rows_tile(phase, t, x, y, stats, params, eps, count, measure, write, part, pivots, sizes):
-    """A block of rows of a strip of channels: its partial sums, its y, or all there is to do with it."""
-    total, width, channels, inner, block, blocks, panel, panels, _ = sizes
-    b, first = t // panels, t % panels * panel
-    last = min(first + panel, channels)
-    full = total // width
-    rows = min(block, full - b * block)
-    rest = total - full * width if b == blocks - 1 else 0
-    start = b * block * width + first * inner
-    w = width if panels == 1 else (last - first) * inner
-    columns = np.empty((3, w))
-    if phase == SUMS:
-        strip_sums(x, start, rows, width, rest, inner, pivots[first:last], part, b, first, columns)
-    elif phase == FUSED and measure:
+def fused_strip(first, last, x, y, stats, params, eps, count, measure, write, outer, stride, inner):
+    """All of a few channels: their statistics, and while they are in the cache, their y."""
+    start = first * inner
+    w = (last - first) * inner
+    if measure:
         pivot = np.empty(last - first)
         own = np.empty((1, 2, last - first))
-        row_pivots(x, start, rows, width, inner, pivot, columns)
+        columns = np.empty(w)
+        row_pivots(x, start, outer, stride, inner, pivot)
         for attempt in range(2):
-            strip_sums(x, start, rows, width, rest, inner, pivot, own, ZERO, ZERO, columns)
+            part = np.zeros((1, 2, w))
+            spread(pivot, inner, columns)
+            block_sums(x, start, outer, stride, columns, part[0, 0], part[0, 1])
+            fold_columns(part, inner, own)
             if settle(own, pivot, count, stats, first, attempt == 1):
                 break
-    if phase == WRITE or (phase == FUSED and write):
+    if write:
         k = np.empty((3, last - first), y.dtype)
-        spread_k = np.empty((3, w), y.dtype)
+        by_column = np.empty((3, w), y.dtype)
         channel_coefficients(stats, params, eps, count, first, k)
         for i in range(3):
-            spread(k[i], inner, spread_k[i])
-        strip_write(x, y, start, rows, width, rest, inner, spread_k)
+            spread(k[i], inner, by_column[i])
+        normalize_rows(x, y, start, outer, stride, by_column[0], by_column[1], by_column[2])
+
+
+@exact
+def rows_tile(phase, t, x, y, pivot, part, k, sizes):
+    """A block of rows of a strip: its column sums, or its y. `pivot` and `k` (3) are by column."""
+    total, width, _, inner, block, blocks, panel, panels, _ = sizes
+    b, p = t // panels, t % panels
+    low = p * panel * inner
+    high = width if p == panels - 1 else low + panel * inner
+    full = total // width
+    rows = min(block, full - b * block)
+    rest = total - full * width if b == blocks - 1 else 0  # elements of a last row that is not full
+    start = b * block * width + low
+    end = start + rows * width
+    if phase == SUMS:
+        block_sums(x, start, rows, width, pivot[low:high], part[b, 0, low:high], part[b, 1, low:high])
+        if rest > 0:
+            block_sums(x, end, ONE, width, pivot[:rest], part[b, 0, :rest], part[b, 1, :rest])
+    else:
+        normalize_rows(x, y, start, rows, width, k[0, low:high], k[1, low:high], k[2, low:high])
+        if rest > 0:
+            normalize_rows(x, y, end, ONE, width, k[0, :rest], k[1, :rest], k[2, :rest])
 
 
 @kernel
 def forward_rows(x, y, stats, params, eps, count, measure, write, sizes):
     """Short inner runs. `sizes` is that of `grid`."""
-    total, _, channels, inner, _, blocks, _, panels, fused = sizes
+    total, width, channels, inner, _, blocks, panel, panels, fused = sizes
     phase = FUSED if fused else SUMS if measure else WRITE
-    pivot = np.empty(channels)
-    part = np.empty((blocks if phase == SUMS else 0, 2, channels))
     tiles = blocks * panels
+    outer = total // (channels * inner)
+    pivot = np.empty(channels)
+    own = np.empty((1, 2, channels))
+    pivot_columns = np.empty(width if phase == SUMS else 0)
+    part = np.zeros((blocks if phase == SUMS else 0, 2, width))
+    k = np.empty((3, 0 if phase == FUSED else channels), y.dtype)
+    k_columns = np.empty((3, 0 if phase == FUSED else width), y.dtype)
     if phase == SUMS:
-        columns = np.empty((3, channels * inner))
-        row_pivots(x, ZERO, total // (channels * inner), channels * inner, inner, pivot, columns)
+        row_pivots(x, ZERO, outer, channels * inner, inner, pivot)
     final = False
     while True:
+        if phase == SUMS:
+            spread(pivot, inner, pivot_columns)
+        elif phase == WRITE:
+            channel_coefficients(stats, params, eps, count, ZERO, k)
+            for i in range(3):
+                spread(k[i], inner, k_columns[i])
         for t in prange(tiles):
-            rows_tile(
-                phase, tiles - 1 - np.intp(t) if phase == WRITE else np.intp(t), x, y, stats, params, eps, count,
-                measure, write, part, pivot, sizes,
-            )  # fmt: skip
+            if phase == FUSED:
+                first = np.intp(t) * panel
+                last = min(first + panel, channels)
+                fused_strip(
+                    first, last, x, y, stats, params, eps, count, measure, write, outer, channels * inner, inner
+                )
+            else:
+                rows_tile(
+                    phase, tiles - 1 - np.intp(t) if phase == WRITE else np.intp(t), x, y, pivot_columns, part,
+                    k_columns, sizes,
+                )  # fmt: skip
         if phase != SUMS:
             break
-        if settle(part, pivot, count, stats, ZERO, final):
+        fold_columns(part, inner, own)
+        if settle(own, pivot, count, stats, ZERO, final):
             if not write:
                 break
             phase = WRITE
-        final = True
+        else:
+            final = True
+            for i in range(part.size):
+                part.reshape(-1)[i] = 0.0

@@ -37,7 +37,7 @@ TILES_PER_THREAD = 2
 STRIP = 1024
 """Columns of a strip: three float64 accumulators of this length fit the first-level cache."""
 
-FOLD = 256
+FOLD = 1024
 """Rows shorter than this are folded, several into one long row."""
 
 

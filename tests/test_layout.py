@@ -235,6 +235,7 @@ def test_what_is_saved_does_not_follow_the_parameters(rng):
         np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.filterwarnings("ignore:the matrix subclass:PendingDeprecationWarning")
 @pytest.mark.parametrize("verb", ["batch_norm", "batch_norm_train", "batch_norm_backward"])
 def test_out_of_a_subclass_that_stays_two_dimensional(rng, verb):
     """np.matrix cannot be made 1-d: its memory is used as a plain array's."""

@@ -8,8 +8,8 @@ The contract of every kernel:
 3. A `prange` body holds index arithmetic and calls to serial leaves, nothing else: the same loop inside the `prange`
    body ran at half the speed.
 4. Leaves loop as ``for i in range(run.size)`` over 1-d contiguous slices: with runtime bounds LLVM does not vectorize.
-5. Which tile a number falls into depends on the shape alone, and partial sums are added in a fixed order: the bits do
-   not depend on the number of threads, nor on serial or parallel.
+5. Which numbers are summed together depends on the shape alone; partial sums, and the sixteen lanes of each (`lanes`),
+   are added in a fixed order: the bits do not depend on the number of threads, nor on serial or parallel.
 6. Sums start at ``np.float64(0.0)``, so that the plain Python function computes the same.
 
 The submodules load on first use, because they import Numba.

@@ -18,8 +18,9 @@ import numpy as np
 
 from .._jit import elementwise, exact, kernel, prange
 from .forward import FUSED, ONE, SUMS, WRITE, ZERO, fold_columns, spread
+from .grid import SEGMENT
 from .lanes import LANES, load, load64, minus, muladd, plus, store, times, total, zeros
-from .leaves import SEGMENT, normalize_rows, normalize_run
+from .leaves import normalize_rows, normalize_run
 
 FROZEN = 3  # sums and dx of a tile at once: dx does not wait for the sums
 
@@ -197,7 +198,7 @@ def dx_coefficients(point, grads, count, first, k, frozen):
 
 @exact
 def fused_channels(first, last, dy, x, dx, point, count, grads, outer, channels, inner):
-    """Consecutive channels: dx of each is written while the next one is summed, and while it is still in the cache."""
+    """Consecutive channels, pipelined as in the forward: dx of one is written while the next one is summed."""
     stride = channels * inner
     part = np.empty((1, 2, 1))
     k = np.empty((5, 1), dx.dtype)
@@ -213,14 +214,14 @@ def fused_channels(first, last, dy, x, dx, point, count, grads, outer, channels,
 
 
 @exact
-def segments_tile(phase, t, dy, x, dx, part, point, k, channels, inner, segment, per_tile):
+def segments_tile(phase, t, dy, x, dx, part, point, k, channels, inner, per_tile):
     """A few consecutive segments of runs: their partial sums, their dx, or both."""
-    per_run = -(-inner // segment)
+    per_run = -(-inner // SEGMENT)
     for i in range(t * per_tile, min((t + 1) * per_tile, dy.size // inner * per_run)):
         run, j = i // per_run, i % per_run
         n, c = run // channels, run % channels
-        low = run * inner + j * segment
-        high = min(low + segment, (run + 1) * inner)
+        low = run * inner + j * SEGMENT
+        high = min(low + SEGMENT, (run + 1) * inner)
         if phase != WRITE:
             s, q = run_products(dy[low:high], x[low:high], point[0, c])
             part[n * per_run + j, 0, c] = s
@@ -234,9 +235,9 @@ def segments_tile(phase, t, dy, x, dx, part, point, k, channels, inner, segment,
 @kernel
 def backward_runs(dy, x, dx, point, count, grads, frozen, sizes):
     """Long inner runs. `sizes` is that of `grid`; a frozen backward takes the split one."""
-    outer, channels, inner, segment, fused, per_tile, tiles = sizes
+    outer, channels, inner, fused, per_tile, tiles = sizes
     phase = FUSED if fused else FROZEN if frozen else SUMS
-    part = np.empty((0 if fused else outer * -(-inner // segment), 2, channels))
+    part = np.empty((0 if fused else outer * -(-inner // SEGMENT), 2, channels))
     k = np.empty((5, channels), dx.dtype)
     if phase == FROZEN:
         dx_coefficients(point, grads, count, ZERO, k, True)
@@ -249,7 +250,7 @@ def backward_runs(dy, x, dx, point, count, grads, frozen, sizes):
             else:
                 segments_tile(
                     phase, tiles - 1 - np.intp(t) if phase == WRITE else np.intp(t), dy, x, dx, part, point, k,
-                    channels, inner, segment, per_tile,
+                    channels, inner, per_tile,
                 )  # fmt: skip
         if phase == FUSED or phase == WRITE:
             break

@@ -13,6 +13,7 @@ the cache still holds what was read last.
 import numpy as np
 
 from .._jit import exact, kernel, prange
+from .grid import SEGMENT
 from .leaves import (
     affine,
     block_sums,
@@ -58,20 +59,26 @@ def run_pivot(run):
 
 @exact
 def fused_channels(first, last, x, y, stats, params, eps, count, write, outer, channels, inner):
-    """Consecutive channels: y of each is written while the next one is summed, and while it is still in the cache."""
+    """Consecutive channels, pipelined: y of one is written, from the cache, while the next one is summed.
+
+    c = first - 1        sums of first
+    c = first            y of first, sums of first + 1
+    ...
+    c = last - 1         y of last - 1 (and once more its sums, in vain: it is the same loop)
+
+    Without y to write, each step is the sums of the next channel alone.
+    """
     stride = channels * inner
     part = np.empty((1, 2, 1))
     pivot = np.empty(1)
     k = np.empty((3, 1), y.dtype)
     for c in range(first - 1, last if write else last - 1):
-        here = c >= first and write
-        ahead = min(c + 1, last - 1)  # the last channel is summed in vain: the same loop writes it
+        ahead = min(c + 1, last - 1)
         i, j = c * inner, ahead * inner
-        if here:
-            channel_coefficients(stats, params, eps, count, c, k)
         if ahead > c:
             pivot[0] = run_pivot(x[j : j + min(PIVOT_RUN, inner)])
-        if here:
+        if write and c >= first:
+            channel_coefficients(stats, params, eps, count, c, k)
             part[0, 0, 0], part[0, 1, 0] = normalize_channel_ahead(
                 x, y, i, j, outer, stride, inner, k[0, 0], k[1, 0], k[2, 0], pivot[0]
             )
@@ -83,14 +90,14 @@ def fused_channels(first, last, x, y, stats, params, eps, count, write, outer, c
 
 
 @exact
-def segments_tile(phase, t, x, y, part, pivot, coefficients, channels, inner, segment, per_tile):
+def segments_tile(phase, t, x, y, part, pivot, coefficients, channels, inner, per_tile):
     """A few consecutive segments of runs: their partial sums, or their y."""
-    per_run = -(-inner // segment)
+    per_run = -(-inner // SEGMENT)
     for i in range(t * per_tile, min((t + 1) * per_tile, x.size // inner * per_run)):
         run, k = i // per_run, i % per_run
         n, c = run // channels, run % channels
-        low = run * inner + k * segment
-        high = min(low + segment, (run + 1) * inner)
+        low = run * inner + k * SEGMENT
+        high = min(low + SEGMENT, (run + 1) * inner)
         if phase == SUMS:
             s, q = run_sums(x[low:high], pivot[c])
             part[n * per_run + k, 0, c] = s
@@ -102,10 +109,10 @@ def segments_tile(phase, t, x, y, part, pivot, coefficients, channels, inner, se
 @kernel
 def forward_runs(x, y, stats, params, eps, count, measure, write, sizes):
     """Long inner runs. `sizes` is that of `grid`."""
-    outer, channels, inner, segment, fused, per_tile, tiles = sizes
+    outer, channels, inner, fused, per_tile, tiles = sizes
     phase = FUSED if fused else SUMS if measure else WRITE
     pivot = np.empty(channels if phase == SUMS else 0)
-    part = np.empty((outer * -(-inner // segment) if phase == SUMS else 0, 2, channels))
+    part = np.empty((outer * -(-inner // SEGMENT) if phase == SUMS else 0, 2, channels))
     coefficients = np.empty((3, 0 if phase == FUSED else channels), y.dtype)
     if phase == SUMS:
         for c in range(channels):
@@ -122,7 +129,7 @@ def forward_runs(x, y, stats, params, eps, count, measure, write, sizes):
             else:
                 segments_tile(
                     phase, np.intp(t) if phase == SUMS else tiles - 1 - np.intp(t), x, y, part, pivot, coefficients,
-                    channels, inner, segment, per_tile,
+                    channels, inner, per_tile,
                 )  # fmt: skip
         if phase != SUMS:
             break

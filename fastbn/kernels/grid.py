@@ -1,7 +1,7 @@
 """How the canonical view (outer, channel, inner) is cut into tiles.
 
-The shape alone decides which sums are taken, so that bits never depend on threads. Two kinds of kernel serve every
-layout: the inner run of one sample and channel is
+The shape alone decides which numbers are summed together, so that bits never depend on threads; how many whole channels
+a thread takes at once may. Two kinds of kernel serve every layout: the inner run of one sample and channel is
 
 - long: the *runs* kernels reduce along it, one channel at a time (NCHW images);
 - short or 1: the *rows* kernels add rows of many channels elementwise (NHWC, (N, D), small images), where an inner run
@@ -42,7 +42,13 @@ FOLD = 1024
 
 
 class Grid(NamedTuple):
-    """The tiles of one array: `runs` names the kernel, `sizes` is what the kernel unpacks."""
+    """The tiles of one array: `runs` names the kernel, `sizes` is what the kernel unpacks.
+
+    `sizes` is an array because that is the cheapest type to hand to Numba:
+
+    runs: outer, channels, inner, fused, channels (fused) or segments (split) per tile, tiles
+    rows: elements, columns of a folded row, channels, inner, rows per block, blocks, channels per strip, strips, fused
+    """
 
     runs: bool
     fused: bool
@@ -62,7 +68,7 @@ def fused_grid(outer: int, channels: int, inner: int, itemsize: int, threads: in
         # Neighbours are pipelined, so a tile has as many channels as leave every thread a few tiles.
         group = _ceil(channels, TILES_PER_THREAD * threads)
         tiles = _ceil(channels, group)
-        return Grid(True, True, tiles, np.array([outer, channels, inner, SEGMENT, 1, group, tiles], np.int64))
+        return Grid(True, True, tiles, np.array([outer, channels, inner, 1, group, tiles], np.int64))
     # Not narrower than one cache line's worth of columns per 256 elements, and at least 8 strips if they allow it.
     width = min(STRIP, max(256, _ceil(channels * inner, 8)))
     panel = min(channels, max(1, width // inner))
@@ -79,7 +85,7 @@ def split_grid(outer: int, channels: int, inner: int, itemsize: int) -> Grid:
         segments = outer * channels * _ceil(inner, SEGMENT)
         per_tile = max(1, TILE_BYTES // (min(inner, SEGMENT) * itemsize))
         tiles = _ceil(segments, per_tile)
-        return Grid(True, False, tiles, np.array([outer, channels, inner, SEGMENT, 0, per_tile, tiles], np.int64))
+        return Grid(True, False, tiles, np.array([outer, channels, inner, 0, per_tile, tiles], np.int64))
     row = channels * inner
     fold = max(1, FOLD // row)
     fold = min(fold // 8 * 8 or fold, outer)  # whole vectors where rows are very short

@@ -1,4 +1,6 @@
-"""The innermost loops of the forward kernels: sums of one contiguous run or of one block of rows, and x to y.
+"""The innermost loops of the forward: sums of a run, a channel or a block of rows, and x to y.
+
+Those of the backward are in `backward`, beside the kernels that use them.
 
 Statistics are shifted sums. With a pivot p near the mean of a channel,
 
@@ -13,10 +15,8 @@ computing the sample variance", section 3, the shifted two-pass family.)
 import numpy as np
 
 from .._jit import elementwise, exact
+from .grid import SEGMENT
 from .lanes import LANES, load, load64, minus, muladd, plus, store, total, zeros
-
-# Elements that are summed by themselves: bounds the rounding error of long sums.
-SEGMENT = 8192
 
 # Past this share of q, s**2 / n has cancelled three bits of m2.
 CANCELLED = 0.875

@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ._threads import planned_threads
-from .kernels.grid import Grid, fused_grid, split_grid
+from .kernels.grid import BACKWARD_RUN, FORWARD_RUN, Grid, fused_grid, split_grid
 
 Array = npt.NDArray[Any]
 Shape = tuple[int, ...]
@@ -45,7 +45,9 @@ class Layout(NamedTuple):
     size
         Elements in all.
     whole, split
-        The tiles for a call that needs the statistics of x, and for one that does not.
+        The tiles of a forward that takes the statistics of x, and of one that does not.
+    backward_whole, backward_split
+        The tiles of a backward through the statistics, and of one with the statistics held fixed.
     """
 
     order: Shape
@@ -58,6 +60,8 @@ class Layout(NamedTuple):
     size: int
     whole: Grid
     split: Grid
+    backward_whole: Grid
+    backward_split: Grid
 
 
 def layout_of(x: Array, axes: Shape) -> Layout:
@@ -84,7 +88,9 @@ def layout(shape: Shape, strides: Shape, itemsize: int, axes: Shape, threads: in
         steps[a] = step
         step *= shape[a]
     size = math.prod(shape)
-    split = split_grid(max(outer, 1), max(channels, 1), max(inner, 1), itemsize)
+    sides = max(outer, 1), max(channels, 1), max(inner, 1)  # of an empty array no tile is ever used
+    split, backward_split = (split_grid(*sides, itemsize, run) for run in (FORWARD_RUN, BACKWARD_RUN))
+    whole, backward_whole = (fused_grid(*sides, itemsize, threads, run) for run in (FORWARD_RUN, BACKWARD_RUN))
     return Layout(
         order=order,
         in_order=order == tuple(rank),
@@ -94,8 +100,10 @@ def layout(shape: Shape, strides: Shape, itemsize: int, axes: Shape, threads: in
         channels=channels,
         per_channel=outer * inner,
         size=size,
-        whole=(fused_grid(outer, channels, inner, itemsize, threads) if size else None) or split,
+        whole=whole or split,
         split=split,
+        backward_whole=backward_whole or backward_split,
+        backward_split=backward_split,
     )
 
 

@@ -5,6 +5,7 @@ import datetime
 import sys
 import time
 from collections.abc import Sequence
+from importlib.metadata import version
 
 from . import __version__, _measure, get_num_threads, set_num_threads, warmup
 from ._config import config
@@ -57,7 +58,7 @@ def _table(options: argparse.Namespace) -> int:
     _progress("")
     show = _markdown if options.markdown else _plain
     print(f"fastbn {__version__}: ResNet-50's 53 batch-norm layers, batch {BATCH}, float32, out= given")
-    print(_environment())
+    print(_environment(layers))
     print()
     show(*_summary(layers))
     print()
@@ -108,11 +109,12 @@ def _per_layer(layers: list[Layer]) -> tuple[list[str], list[list[str]]]:
     return head, rows
 
 
-def _environment() -> str:
+def _environment(layers: list[Layer]) -> str:
     c = config()
+    torch = f", torch {version('torch')}" if any(name.startswith("torch ") for name in layers[0].seconds) else ""
     threads = f"{get_num_threads()} threads, {c['threading layer']}"
     today = datetime.datetime.now(datetime.UTC).date()
-    return f"{c['cpu']}, {threads}; numba {c['numba']}, numpy {c['numpy']}, python {c['python']}; {today}"
+    return f"{c['cpu']}, {threads}; numba {c['numba']}, numpy {c['numpy']}{torch}, python {c['python']}; {today}"
 
 
 def _plain(head: list[str], rows: list[list[str]]) -> None:

@@ -86,12 +86,13 @@ def dx_run(dy, x, dx, scale, weight, slope, centre, shift):
 
 
 @elementwise
-def channel_products(dy, x, j, outer, stride, inner, centre):
+def channel_products(dy, x, j, outer, stride, inner, up, centre):
     """sum(dy) and sum(dy * (x - centre)) of one channel: see the forward's `channel_sums`."""
     s, q = np.float64(0.0), np.float64(0.0)
     ss, qq = zeros(), zeros()
     summed = 0
-    for n in range(outer):
+    for m in range(outer):
+        n = m if up else outer - 1 - m
         for low in range(0, inner, SEGMENT):
             b = j + n * stride + low
             size = min(SEGMENT, inner - low)
@@ -112,12 +113,13 @@ def channel_products(dy, x, j, outer, stride, inner, centre):
 
 
 @elementwise
-def dx_channel_ahead(dy, x, dx, i, j, outer, stride, inner, scale, weight, slope, centre, shift, centre_ahead):
+def dx_channel_ahead(dy, x, dx, i, j, outer, stride, inner, up, scale, weight, slope, centre, shift, centre_ahead):
     """Write dx of the channel that starts at i and, in the same loop, take `channel_products` of the one at j."""
     s, q = np.float64(0.0), np.float64(0.0)
     ss, qq = zeros(), zeros()
     summed = 0
-    for n in range(outer):
+    for m in range(outer):
+        n = m if up else outer - 1 - m
         for low in range(0, inner, SEGMENT):
             a = i + n * stride + low
             b = j + n * stride + low
@@ -202,14 +204,16 @@ def fused_channels(first, last, dy, x, dx, point, count, grads, outer, channels,
     stride = channels * inner
     part = np.empty((1, 2, 1))
     k = np.empty((5, 1), dx.dtype)
-    part[0, 0, 0], part[0, 1, 0] = channel_products(dy, x, first * inner, outer, stride, inner, point[0, first])
+    part[0, 0, 0], part[0, 1, 0] = channel_products(
+        dy, x, first * inner, outer, stride, inner, first % 2 == 0, point[0, first]
+    )
     for c in range(first, last):
         finish_sums(part, point, grads, c)
         dx_coefficients(point, grads, count, c, k, False)
         ahead = min(c + 1, last - 1)  # the last channel is summed in vain: the same loop writes it
         part[0, 0, 0], part[0, 1, 0] = dx_channel_ahead(
-            dy, x, dx, c * inner, ahead * inner, outer, stride, inner, k[0, 0], k[1, 0], k[2, 0], k[3, 0], k[4, 0],
-            point[0, ahead],
+            dy, x, dx, c * inner, ahead * inner, outer, stride, inner, (c + 1) % 2 == 0,
+            k[0, 0], k[1, 0], k[2, 0], k[3, 0], k[4, 0], point[0, ahead],
         )  # fmt: skip
 
 

@@ -66,7 +66,8 @@ def fused_channels(first, last, x, y, stats, params, eps, count, write, outer, c
     ...
     c = last - 1         y of last - 1 (and once more its sums, in vain: it is the same loop)
 
-    Without y to write, each step is the sums of the next channel alone.
+    Without y to write, each step is the sums of the next channel alone. Steps go up and down through the samples in
+    turn: what was summed last, and is most surely in the cache, is normalized first.
     """
     stride = channels * inner
     part = np.empty((1, 2, 1))
@@ -75,17 +76,18 @@ def fused_channels(first, last, x, y, stats, params, eps, count, write, outer, c
     for c in range(first - 1, last if write else last - 1):
         ahead = min(c + 1, last - 1)
         i, j = c * inner, ahead * inner
+        up = (c + 1) % 2 == 0
         if ahead > c:
             pivot[0] = run_pivot(x[j : j + min(PIVOT_RUN, inner)])
         if write and c >= first:
             channel_coefficients(stats, params, eps, count, c, k)
             part[0, 0, 0], part[0, 1, 0] = normalize_channel_ahead(
-                x, y, i, j, outer, stride, inner, k[0, 0], k[1, 0], k[2, 0], pivot[0]
+                x, y, i, j, outer, stride, inner, up, k[0, 0], k[1, 0], k[2, 0], pivot[0]
             )
         else:
-            part[0, 0, 0], part[0, 1, 0] = channel_sums(x, j, outer, stride, inner, pivot[0])
+            part[0, 0, 0], part[0, 1, 0] = channel_sums(x, j, outer, stride, inner, up, pivot[0])
         if ahead > c and not settle(part, pivot, count, stats, ahead, False):
-            part[0, 0, 0], part[0, 1, 0] = channel_sums(x, j, outer, stride, inner, pivot[0])
+            part[0, 0, 0], part[0, 1, 0] = channel_sums(x, j, outer, stride, inner, up, pivot[0])
             settle(part, pivot, count, stats, ahead, True)
 
 

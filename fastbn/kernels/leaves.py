@@ -130,12 +130,13 @@ def normalize_run(x, y, centre, scale, shift):
 
 
 @elementwise
-def channel_sums(x, j, outer, stride, inner, pivot):
-    """s and q of one channel: `outer` runs of `inner` elements, `stride` apart, from x[j] on."""
+def channel_sums(x, j, outer, stride, inner, up, pivot):
+    """s and q of one channel: `outer` runs of `inner` elements, `stride` apart, from x[j] on, `up` or down."""
     s, q = np.float64(0.0), np.float64(0.0)
     ss, qq = zeros(), zeros()
     summed = 0
-    for n in range(outer):
+    for m in range(outer):
+        n = m if up else outer - 1 - m
         for low in range(0, inner, SEGMENT):
             b = j + n * stride + low
             size = min(SEGMENT, inner - low)
@@ -156,7 +157,7 @@ def channel_sums(x, j, outer, stride, inner, pivot):
 
 
 @elementwise
-def normalize_channel_ahead(x, y, i, j, outer, stride, inner, centre, scale, shift, pivot):
+def normalize_channel_ahead(x, y, i, j, outer, stride, inner, up, centre, scale, shift, pivot):
     """Write y of the channel that starts at i and, in the same loop, take `channel_sums` of the one at j.
 
     Writing one channel while reading the next keeps both directions of memory busy: the training forward takes 1.2
@@ -165,7 +166,8 @@ def normalize_channel_ahead(x, y, i, j, outer, stride, inner, centre, scale, shi
     s, q = np.float64(0.0), np.float64(0.0)
     ss, qq = zeros(), zeros()
     summed = 0
-    for n in range(outer):
+    for m in range(outer):
+        n = m if up else outer - 1 - m
         for low in range(0, inner, SEGMENT):
             a = i + n * stride + low
             b = j + n * stride + low

@@ -18,7 +18,6 @@ import os
 import site
 import sys
 import threading
-from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -191,17 +190,6 @@ def _most_threads() -> int:
     return int(numba.config.NUMBA_NUM_THREADS)
 
 
-@contextlib.contextmanager
-def num_threads(n: int | None) -> Iterator[None]:
-    """`set_num_threads` for the length of a with block."""
-    before = _limit
-    set_num_threads(n)
-    try:
-        yield
-    finally:
-        set_num_threads(before)
-
-
 def _after_fork() -> None:
     """In a forked child: a lock that nobody holds, and no parallel region where the threads are gone for good."""
     global _region, _serial_only
@@ -220,15 +208,15 @@ def _compiler_lock() -> Any:
 
 def _before_fork() -> None:
     """Wait for a compilation in another thread: its lock would stay locked in the child for good."""
-    _forking.append(_compiler_lock())
-    _forking[-1].__enter__()
+    lock = _forking[threading.get_ident()] = _compiler_lock()
+    lock.__enter__()
 
 
 def _fork_done() -> None:
-    _forking.pop().__exit__(None, None, None)
+    _forking.pop(threading.get_ident()).__exit__(None, None, None)
 
 
-_forking: list[Any] = []  # the lock held during a fork
+_forking: dict[int, Any] = {}  # the lock that a thread holds during its fork
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(before=_before_fork, after_in_parent=_fork_done, after_in_child=_fork_done)

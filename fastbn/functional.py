@@ -13,8 +13,6 @@ from .moments import Moments
 
 Array = npt.NDArray[Any]
 
-_NO_STATS = np.zeros((2, 0))
-
 
 def batch_norm(
     x: npt.ArrayLike,
@@ -165,7 +163,7 @@ def batch_norm_train(
         _forward(target.source(x, lay), target.flat, stats, params, eps, float(lay.per_channel), lay, measure=True)
     y = target.finish()
     saved = Saved(
-        y if overwritten else x, lay, stats, params, eps,
+        np.asarray(y) if overwritten else x, lay, stats, params, eps,
         dtypes=(_dtype_of(gamma, dtype), _dtype_of(beta, dtype)), frozen=False, overwritten=overwritten,
     )  # fmt: skip
     return y, saved

@@ -249,3 +249,16 @@ def test_out_of_a_subclass_that_stays_two_dimensional(rng, verb):
     }
     assert calls[verb](out=out) is out
     np.testing.assert_array_equal(np.asarray(out), calls[verb]())
+
+
+@pytest.mark.filterwarnings("ignore:the matrix subclass:PendingDeprecationWarning")
+def test_backward_of_a_subclass_normalized_in_place(rng):
+    """What the forward saves is the plain array under the caller's matrix."""
+    x, dy = rng.normal(size=(2, 301, 20))
+    expected = fastbn.batch_norm_backward(dy, fastbn.batch_norm_train(x)[1])
+    place = np.matrix(x)
+    y, saved = fastbn.batch_norm_train(place, out=place)
+    assert y is place
+    assert type(saved.x) is np.ndarray
+    for found, wanted in zip(fastbn.batch_norm_backward(dy, saved), expected, strict=True):
+        np.testing.assert_allclose(found, wanted, rtol=1e-9, atol=1e-12)

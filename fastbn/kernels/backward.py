@@ -18,9 +18,24 @@ import numpy as np
 
 from .._jit import elementwise, exact, kernel, prange
 from .forward import FUSED, ONE, SUMS, WRITE, ZERO, fold_columns, spread
-from .grid import SEGMENT
-from .lanes import LANES, load, load64, minus, muladd, plus, store, times, total, zeros
-from .leaves import normalize_rows, normalize_run
+from .grid import AHEAD, SEGMENT
+from .lanes import (
+    LANES,
+    load,
+    load64,
+    load64_part,
+    load_part,
+    minus,
+    muladd,
+    plus,
+    prefetch,
+    store,
+    store_part,
+    times,
+    total,
+    zeros,
+)
+from .leaves import ahead, normalize_rows, normalize_run
 
 FROZEN = 3  # sums and dx of a tile at once: dx does not wait for the sums
 
@@ -29,19 +44,19 @@ FROZEN = 3  # sums and dx of a tile at once: dx does not wait for the sums
 
 
 @elementwise
-def run_products(dy, x, centre):
-    """sum(dy) and sum(dy * (x - centre)) of one contiguous run."""
+def run_products(dy, x, low, high, centre):
+    """sum(dy) and sum(dy * (x - centre)) from `low` to `high`."""
     ss, qq = zeros(), zeros()
-    whole = dy.size // LANES * LANES
-    for i in range(0, whole, LANES):
+    whole = high - (high - low) % LANES
+    for i in range(low, whole, LANES):
+        prefetch(x, i + AHEAD)
+        prefetch(dy, i + AHEAD)
         g = load64(dy, i)
         ss, qq = plus(ss, g), muladd(g, minus(load64(x, i), centre), qq)
-    s, q = total(ss), total(qq)
-    for i in range(whole, dy.size):
-        g = np.float64(dy[i])
-        s += g
-        q += g * (x[i] - centre)
-    return s, q
+    if whole < high:
+        g = load64_part(dy, whole, high - whole)
+        ss, qq = plus(ss, g), muladd(g, minus(load64_part(x, whole, high - whole), centre), qq)
+    return total(ss), total(qq)
 
 
 @elementwise
@@ -54,6 +69,11 @@ def block_products(dy, x, i, rows, stride, centre, s, q):
         a = i + r * stride
         b = a + stride
         for j in range(0, whole, LANES):
+            far = ahead(j, w, 2 * stride)
+            prefetch(x, a + far)
+            prefetch(dy, a + far)
+            prefetch(x, b + far)
+            prefetch(dy, b + far)
             ga, gb, c = load64(dy, a + j), load64(dy, b + j), load(centre, j)
             store(s, j, plus(load(s, j), plus(ga, gb)))
             products = muladd(ga, minus(load64(x, a + j), c), load(q, j))
@@ -75,72 +95,103 @@ def block_products(dy, x, i, rows, stride, centre, s, q):
 
 
 @elementwise
-def dx_run(dy, x, dx, scale, weight, slope, centre, shift):
-    """dx = scale * dy + weight * ((x - centre) * slope) + shift over one contiguous run."""
-    whole = dy.size // LANES * LANES
-    for i in range(0, whole, LANES):
+def dx_run(dy, x, dx, low, high, scale, weight, slope, centre, shift):
+    """dx = scale * dy + weight * ((x - centre) * slope) + shift from `low` to `high`."""
+    whole = high - (high - low) % LANES
+    for i in range(low, whole, LANES):
+        prefetch(x, i + AHEAD)
+        prefetch(dy, i + AHEAD)
+        prefetch(dx, i + AHEAD)
         xhat = times(minus(load(x, i), centre), slope)
         store(dx, i, muladd(load(dy, i), scale, muladd(xhat, weight, shift)))
-    for i in range(whole, dy.size):
-        dx[i] = scale * dy[i] + (weight * ((x[i] - centre) * slope) + shift)
+    if whole < high:
+        rest = high - whole
+        xhat = times(minus(load_part(x, whole, rest), centre), slope)
+        store_part(dx, whole, rest, muladd(load_part(dy, whole, rest), scale, muladd(xhat, weight, shift)))
 
 
 @elementwise
-def channel_products(dy, x, j, outer, stride, inner, up, centre):
-    """sum(dy) and sum(dy * (x - centre)) of one channel: see the forward's `channel_sums`."""
-    s, q = np.float64(0.0), np.float64(0.0)
-    ss, qq = zeros(), zeros()
-    summed = 0
+def group_products(dy, x, j, outer, stride, inner, up, centre, lanes, sums):
+    """Set sums (2, channels) to sum(dy) and sum(dy * (x - centre)): see the forward's `group_sums`."""
+    group = centre.size
+    row, step = group * inner, stride if up else -stride
+    for c in range(group):
+        sums[0, c] = sums[1, c] = 0.0
+        store(lanes, 2 * c * LANES, zeros())
+        store(lanes, (2 * c + 1) * LANES, zeros())
+    often = max(1, SEGMENT // inner)
     for m in range(outer):
         n = m if up else outer - 1 - m
-        for low in range(0, inner, SEGMENT):
-            b = j + n * stride + low
-            size = min(SEGMENT, inner - low)
-            whole = size // LANES * LANES
-            for k in range(0, whole, LANES):
-                g = load64(dy, b + k)
-                ss, qq = plus(ss, g), muladd(g, minus(load64(x, b + k), centre), qq)
-            for k in range(whole, size):
-                h = np.float64(dy[b + k])
-                s += h
-                q += h * (x[b + k] - centre)
-            summed += size
-            if summed >= SEGMENT:
-                s, q = s + total(ss), q + total(qq)
-                ss, qq = zeros(), zeros()
-                summed = 0
-    return s + total(ss), q + total(qq)
+        settled = m % often == often - 1 or m == outer - 1
+        for c in range(group):
+            p = centre[c]
+            for low in range(c * inner, (c + 1) * inner, SEGMENT):
+                b = j + n * stride
+                ss, qq = load64(lanes, 2 * c * LANES), load64(lanes, (2 * c + 1) * LANES)
+                high = min(low + SEGMENT, (c + 1) * inner)
+                whole = high - (high - low) % LANES
+                for k in range(low, whole, LANES):
+                    far = b + ahead(k, row, step)
+                    prefetch(x, far)
+                    prefetch(dy, far)
+                    g = load64(dy, b + k)
+                    ss, qq = plus(ss, g), muladd(g, minus(load64(x, b + k), p), qq)
+                if whole < high:
+                    g = load64_part(dy, b + whole, high - whole)
+                    ss, qq = plus(ss, g), muladd(g, minus(load64_part(x, b + whole, high - whole), p), qq)
+                if settled:
+                    sums[0, c] += total(ss)
+                    sums[1, c] += total(qq)
+                    ss, qq = zeros(), zeros()
+                store(lanes, 2 * c * LANES, ss)
+                store(lanes, (2 * c + 1) * LANES, qq)
 
 
 @elementwise
-def dx_channel_ahead(dy, x, dx, i, j, outer, stride, inner, up, scale, weight, slope, centre, shift, centre_ahead):
-    """Write dx of the channel that starts at i and, in the same loop, take `channel_products` of the one at j."""
-    s, q = np.float64(0.0), np.float64(0.0)
-    ss, qq = zeros(), zeros()
-    summed = 0
+def dx_group_ahead(dy, x, dx, i, j, outer, stride, inner, up, k5, centre_ahead, lanes, sums):
+    """Write dx of the channels that start at i and, in the same loop, take `group_products` of those at j.
+
+    k5 (5, channels) are the coefficients of `dx_coefficients`.
+    """
+    group = centre_ahead.size
+    row, step = group * inner, stride if up else -stride
+    for c in range(group):
+        sums[0, c] = sums[1, c] = 0.0
+        store(lanes, 2 * c * LANES, zeros())
+        store(lanes, (2 * c + 1) * LANES, zeros())
+    often = max(1, SEGMENT // inner)
     for m in range(outer):
         n = m if up else outer - 1 - m
-        for low in range(0, inner, SEGMENT):
-            a = i + n * stride + low
-            b = j + n * stride + low
-            size = min(SEGMENT, inner - low)
-            whole = size // LANES * LANES
-            for k in range(0, whole, LANES):
-                g = load64(dy, b + k)
-                ss, qq = plus(ss, g), muladd(g, minus(load64(x, b + k), centre_ahead), qq)
-                xhat = times(minus(load(x, a + k), centre), slope)
-                store(dx, a + k, muladd(load(dy, a + k), scale, muladd(xhat, weight, shift)))
-            for k in range(whole, size):
-                h = np.float64(dy[b + k])
-                s += h
-                q += h * (x[b + k] - centre_ahead)
-                dx[a + k] = scale * dy[a + k] + (weight * ((x[a + k] - centre) * slope) + shift)
-            summed += size
-            if summed >= SEGMENT:
-                s, q = s + total(ss), q + total(qq)
-                ss, qq = zeros(), zeros()
-                summed = 0
-    return s + total(ss), q + total(qq)
+        settled = m % often == often - 1 or m == outer - 1
+        for c in range(group):
+            p, scale, weight, slope, centre, shift = centre_ahead[c], k5[0, c], k5[1, c], k5[2, c], k5[3, c], k5[4, c]
+            for low in range(c * inner, (c + 1) * inner, SEGMENT):
+                a, b = i + n * stride, j + n * stride
+                ss, qq = load64(lanes, 2 * c * LANES), load64(lanes, (2 * c + 1) * LANES)
+                high = min(low + SEGMENT, (c + 1) * inner)
+                whole = high - (high - low) % LANES
+                for k in range(low, whole, LANES):
+                    far = ahead(k, row, step)
+                    prefetch(x, b + far)
+                    prefetch(dy, b + far)
+                    prefetch(dx, a + far)
+                    g = load64(dy, b + k)
+                    ss, qq = plus(ss, g), muladd(g, minus(load64(x, b + k), p), qq)
+                    xhat = times(minus(load(x, a + k), centre), slope)
+                    store(dx, a + k, muladd(load(dy, a + k), scale, muladd(xhat, weight, shift)))
+                if whole < high:
+                    rest = high - whole
+                    g = load64_part(dy, b + whole, rest)
+                    ss, qq = plus(ss, g), muladd(g, minus(load64_part(x, b + whole, rest), p), qq)
+                    xhat = times(minus(load_part(x, a + whole, rest), centre), slope)
+                    new = muladd(load_part(dy, a + whole, rest), scale, muladd(xhat, weight, shift))
+                    store_part(dx, a + whole, rest, new)
+                if settled:
+                    sums[0, c] += total(ss)
+                    sums[1, c] += total(qq)
+                    ss, qq = zeros(), zeros()
+                store(lanes, 2 * c * LANES, ss)
+                store(lanes, (2 * c + 1) * LANES, qq)
 
 
 @elementwise
@@ -151,6 +202,10 @@ def dx_rows(dy, x, dx, i, rows, stride, scale, weight, slope, centre, shift):
     for r in range(rows):
         a = i + r * stride
         for j in range(0, whole, LANES):
+            far = a + ahead(j, w, stride)
+            prefetch(x, far)
+            prefetch(dy, far)
+            prefetch(dx, far)
             xhat = times(minus(load(x, a + j), load(centre, j)), load(slope, j))
             store(dx, a + j, muladd(load(dy, a + j), load(scale, j), muladd(xhat, load(weight, j), load(shift, j))))
         for j in range(whole, w):
@@ -199,22 +254,28 @@ def dx_coefficients(point, grads, count, first, k, frozen):
 
 
 @exact
-def fused_channels(first, last, dy, x, dx, point, count, grads, outer, channels, inner):
-    """Consecutive channels, pipelined as in the forward: dx of one is written while the next one is summed."""
+def fused_channels(first, last, dy, x, dx, point, count, grads, outer, channels, inner, group):
+    """Consecutive channels in groups, pipelined as in the forward: dx of one is written while the next is summed."""
     stride = channels * inner
-    part = np.empty((1, 2, 1))
-    k = np.empty((5, 1), dx.dtype)
-    part[0, 0, 0], part[0, 1, 0] = channel_products(
-        dy, x, first * inner, outer, stride, inner, first % 2 == 0, point[0, first]
-    )
-    for c in range(first, last):
-        finish_sums(part, point, grads, c)
-        dx_coefficients(point, grads, count, c, k, False)
-        ahead = min(c + 1, last - 1)  # the last channel is summed in vain: the same loop writes it
-        part[0, 0, 0], part[0, 1, 0] = dx_channel_ahead(
-            dy, x, dx, c * inner, ahead * inner, outer, stride, inner, (c + 1) % 2 == 0,
-            k[0, 0], k[1, 0], k[2, 0], k[3, 0], k[4, 0], point[0, ahead],
-        )  # fmt: skip
+    lanes = np.empty(2 * group * LANES)
+    part = np.empty((1, 2, group))
+    k = np.empty((5, group), dx.dtype)
+    for c in range(first - group, last, group):
+        now, then = min(group, last - c), min(group, last - c - group)
+        up = (c // group) % 2 != 0
+        j = (c + group) * inner
+        summed = False
+        if c >= first:
+            finish_sums(part[:, :, :now], point, grads, c)
+            dx_coefficients(point, grads, count, c, k[:, :now], False)
+            summed = then == now  # else the group is summed once more, in vain: the same loop writes it
+            ahead_of = c + group if summed else c
+            dx_group_ahead(
+                dy, x, dx, c * inner, ahead_of * inner, outer, stride, inner, up, k,
+                point[0, ahead_of : ahead_of + now], lanes, part[0],
+            )  # fmt: skip
+        if then > 0 and not summed:
+            group_products(dy, x, j, outer, stride, inner, up, point[0, c + group : c + group + then], lanes, part[0])
 
 
 @exact
@@ -227,19 +288,20 @@ def segments_tile(phase, t, dy, x, dx, part, point, k, channels, inner, per_tile
         low = run * inner + j * SEGMENT
         high = min(low + SEGMENT, (run + 1) * inner)
         if phase != WRITE:
-            s, q = run_products(dy[low:high], x[low:high], point[0, c])
+            s, q = run_products(dy, x, low, high, point[0, c])
             part[n * per_run + j, 0, c] = s
             part[n * per_run + j, 1, c] = q
         if phase == FROZEN:
-            normalize_run(dy[low:high], dx[low:high], k[3, c], k[0, c], k[4, c])  # centre and shift are 0
+            normalize_run(dy, dx, low, high, k[3, c], k[0, c], k[4, c])  # centre and shift are 0
         elif phase == WRITE:
-            dx_run(dy[low:high], x[low:high], dx[low:high], k[0, c], k[1, c], k[2, c], k[3, c], k[4, c])
+            dx_run(dy, x, dx, low, high, k[0, c], k[1, c], k[2, c], k[3, c], k[4, c])
 
 
 @kernel
 def backward_runs(dy, x, dx, point, count, grads, frozen, sizes):
     """Long inner runs. `sizes` is that of `grid`; a frozen backward takes the split one."""
-    outer, channels, inner, fused, per_tile, tiles = sizes
+    outer, channels, inner, group, per_tile, tiles = sizes
+    fused = group > 0
     phase = FUSED if fused else FROZEN if frozen else SUMS
     part = np.empty((0 if fused else outer * -(-inner // SEGMENT), 2, channels))
     k = np.empty((5, channels), dx.dtype)
@@ -250,7 +312,7 @@ def backward_runs(dy, x, dx, point, count, grads, frozen, sizes):
             if phase == FUSED:
                 first = np.intp(t) * per_tile
                 last = min(first + per_tile, channels)
-                fused_channels(first, last, dy, x, dx, point, count, grads, outer, channels, inner)
+                fused_channels(first, last, dy, x, dx, point, count, grads, outer, channels, inner, group)
             else:
                 segments_tile(
                     phase, tiles - 1 - np.intp(t) if phase == WRITE else np.intp(t), dy, x, dx, part, point, k,

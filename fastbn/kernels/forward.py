@@ -14,12 +14,13 @@ import numpy as np
 
 from .._jit import exact, kernel, prange
 from .grid import SEGMENT
+from .lanes import LANES
 from .leaves import (
     affine,
     block_sums,
-    channel_sums,
+    group_sums,
     inverse_std,
-    normalize_channel_ahead,
+    normalize_group_ahead,
     normalize_rows,
     normalize_run,
     run_sums,
@@ -50,45 +51,52 @@ def channel_coefficients(stats, params, eps, count, first, coefficients):
 
 
 @exact
-def run_pivot(run):
-    """The mean of a run, accurate for any offset: its first value plus the mean distance from it."""
-    first = np.float64(run[0])
-    s, _ = run_sums(run, first)
-    return first + s / run.size
+def run_pivot(x, i, inner):
+    """The mean of the first values of a run, accurate for any offset: one value plus the mean distance from it."""
+    first = np.float64(x[i])
+    size = min(PIVOT_RUN, inner)
+    s, _ = run_sums(x, i, i + size, first)
+    return first + s / size
 
 
 @exact
-def fused_channels(first, last, x, y, stats, params, eps, count, write, outer, channels, inner):
-    """Consecutive channels, pipelined: y of one is written, from the cache, while the next one is summed.
+def fused_channels(first, last, x, y, stats, params, eps, count, write, outer, channels, inner, group):
+    """Consecutive channels in groups, pipelined: y of one group is written, from the cache, while the next is summed.
 
-    c = first - 1        sums of first
-    c = first            y of first, sums of first + 1
+    g = first - group    sums of the group at first
+    g = first            y of that group, sums of the one at first + group
     ...
-    c = last - 1         y of last - 1 (and once more its sums, in vain: it is the same loop)
+    g = last group       y of that group (and once more its sums, in vain: it is the same loop)
 
-    Without y to write, each step is the sums of the next channel alone. Steps go up and down through the samples in
-    turn: what was summed last, and is most surely in the cache, is normalized first.
+    A group is one channel, or as many short ones as lie side by side in a few kB. Without y to write, each step is the
+    sums of the next group alone. Steps go up and down through the samples in turn: what was summed last, and is most
+    surely in the cache, is normalized first.
     """
     stride = channels * inner
-    part = np.empty((1, 2, 1))
-    pivot = np.empty(1)
-    k = np.empty((3, 1), y.dtype)
-    for c in range(first - 1, last if write else last - 1):
-        ahead = min(c + 1, last - 1)
-        i, j = c * inner, ahead * inner
-        up = (c + 1) % 2 == 0
-        if ahead > c:
-            pivot[0] = run_pivot(x[j : j + min(PIVOT_RUN, inner)])
+    lanes = np.empty(2 * group * LANES)
+    part = np.empty((1, 2, group))
+    pivots = np.empty(group)
+    k = np.empty((3, group), y.dtype)
+    for c in range(first - group, last, group):
+        now, then = min(group, last - c), min(group, last - c - group)
+        up = (c // group) % 2 != 0
+        j = (c + group) * inner
+        pivot = pivots[:then]
+        for i in range(then):
+            pivot[i] = run_pivot(x, j + i * inner, inner)
+        summed = False
         if write and c >= first:
-            channel_coefficients(stats, params, eps, count, c, k)
-            part[0, 0, 0], part[0, 1, 0] = normalize_channel_ahead(
-                x, y, i, j, outer, stride, inner, up, k[0, 0], k[1, 0], k[2, 0], pivot[0]
+            summed = then == now
+            channel_coefficients(stats, params, eps, count, c, k[:, :now])
+            normalize_group_ahead(
+                x, y, c * inner, j if summed else c * inner, outer, stride, inner, up, k, pivots[:now], lanes, part[0]
             )
-        else:
-            part[0, 0, 0], part[0, 1, 0] = channel_sums(x, j, outer, stride, inner, up, pivot[0])
-        if ahead > c and not settle(part, pivot, count, stats, ahead, False):
-            part[0, 0, 0], part[0, 1, 0] = channel_sums(x, j, outer, stride, inner, up, pivot[0])
-            settle(part, pivot, count, stats, ahead, True)
+        if then > 0:
+            if not summed:
+                group_sums(x, j, outer, stride, inner, up, pivot, lanes, part[0])
+            if not settle(part, pivot, count, stats, c + group, False):
+                group_sums(x, j, outer, stride, inner, up, pivot, lanes, part[0])
+                settle(part, pivot, count, stats, c + group, True)
 
 
 @exact
@@ -101,24 +109,25 @@ def segments_tile(phase, t, x, y, part, pivot, coefficients, channels, inner, pe
         low = run * inner + k * SEGMENT
         high = min(low + SEGMENT, (run + 1) * inner)
         if phase == SUMS:
-            s, q = run_sums(x[low:high], pivot[c])
+            s, q = run_sums(x, low, high, pivot[c])
             part[n * per_run + k, 0, c] = s
             part[n * per_run + k, 1, c] = q
         else:
-            normalize_run(x[low:high], y[low:high], coefficients[0, c], coefficients[1, c], coefficients[2, c])
+            normalize_run(x, y, low, high, coefficients[0, c], coefficients[1, c], coefficients[2, c])
 
 
 @kernel
 def forward_runs(x, y, stats, params, eps, count, measure, write, sizes):
     """Long inner runs. `sizes` is that of `grid`."""
-    outer, channels, inner, fused, per_tile, tiles = sizes
+    outer, channels, inner, group, per_tile, tiles = sizes
+    fused = group > 0
     phase = FUSED if fused else SUMS if measure else WRITE
     pivot = np.empty(channels if phase == SUMS else 0)
     part = np.empty((outer * -(-inner // SEGMENT) if phase == SUMS else 0, 2, channels))
     coefficients = np.empty((3, 0 if phase == FUSED else channels), y.dtype)
     if phase == SUMS:
         for c in range(channels):
-            pivot[c] = run_pivot(x[c * inner : c * inner + min(PIVOT_RUN, inner)])
+            pivot[c] = run_pivot(x, c * inner, inner)
     elif phase == WRITE:
         channel_coefficients(stats, params, eps, count, ZERO, coefficients)
     final = False
@@ -127,7 +136,7 @@ def forward_runs(x, y, stats, params, eps, count, measure, write, sizes):
             if phase == FUSED:
                 first = np.intp(t) * per_tile
                 last = min(first + per_tile, channels)
-                fused_channels(first, last, x, y, stats, params, eps, count, write, outer, channels, inner)
+                fused_channels(first, last, x, y, stats, params, eps, count, write, outer, channels, inner, group)
             else:
                 segments_tile(
                     phase, np.intp(t) if phase == SUMS else tiles - 1 - np.intp(t), x, y, part, pivot, coefficients,

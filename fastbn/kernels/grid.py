@@ -31,6 +31,13 @@ FUSED_ROWS_BYTES = 1 << 19
 SEGMENT = 1 << 13
 """Elements of a run that are summed by themselves: bounds the rounding error, and the work of one split tile."""
 
+
+AHEAD = 768
+"""Elements by which memory is asked for before it is needed: in float32 a page, where a processor's own guess ends."""
+
+GROUP_BYTES = 1 << 18
+"""Of short runs, so many channels are taken together that those of one sample are AHEAD long, or all this large."""
+
 TILE_BYTES = 1 << 18, 1 << 20
 """Bytes that one split tile covers, at least and at most: small ones balance threads, large ones leave less to add."""
 
@@ -52,7 +59,7 @@ class Grid(NamedTuple):
 
     `sizes` is an array because that is the cheapest type to hand to Numba:
 
-    runs: outer, channels, inner, fused, channels (fused) or segments (split) per tile, tiles
+    runs: outer, channels, inner, channels per group (0: split), channels (fused) or segments (split) per tile, tiles
     rows: elements, columns of a folded row, channels, inner, rows per block, blocks, channels per strip, strips, fused
     """
 
@@ -71,10 +78,11 @@ def fused_grid(outer: int, channels: int, inner: int, itemsize: int, threads: in
     if inner >= run:
         if outer * inner * itemsize > FUSED_RUNS_BYTES or channels < min(8, outer * _ceil(inner, SEGMENT)):
             return None
-        # Neighbours are pipelined, so a tile has as many channels as leave every thread a few tiles.
-        group = _ceil(channels, TILES_PER_THREAD * threads)
-        tiles = _ceil(channels, group)
-        return Grid(True, True, tiles, np.array([outer, channels, inner, 1, group, tiles], np.int64))
+        group = min(_ceil(AHEAD, inner), channels, max(1, GROUP_BYTES // (outer * inner * itemsize)))
+        # Neighbours are pipelined, so a tile has as many groups as leave every thread a few tiles.
+        per_tile = _ceil(_ceil(channels, group), TILES_PER_THREAD * threads) * group
+        tiles = _ceil(channels, per_tile)
+        return Grid(True, True, tiles, np.array([outer, channels, inner, group, per_tile, tiles], np.int64))
     # Not narrower than one cache line's worth of columns per 256 elements, and at least 8 strips if they allow it.
     width = min(STRIP, max(256, _ceil(channels * inner, 8)))
     panel = min(channels, max(1, width // inner))

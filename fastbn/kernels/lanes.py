@@ -15,6 +15,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic, models, register_model
 
 LANES = 16
+LINE = 64  # bytes of a cache line
 
 
 class Lanes(types.Type):
@@ -64,18 +65,44 @@ def _address(context, builder, array_type, array, index):
     return builder.gep(data, [index])
 
 
-def _load(array_type, dtype):
+def _mask(builder, count):
+    """True in the first `count` lanes."""
+    word = ir.IntType(32)
+    number = builder.trunc(count, word)
+    lanes = ir.VectorType(word, LANES)
+    one = builder.insert_element(ir.Constant(lanes, ir.Undefined), number, word(0))
+    numbers = builder.shuffle_vector(one, ir.Constant(lanes, ir.Undefined), ir.Constant(lanes, None))
+    return builder.icmp_unsigned("<", ir.Constant(lanes, list(range(LANES))), numbers)
+
+
+def _masked(builder, verb, stored, result, arguments):
+    """Call llvm.masked.load or llvm.masked.store for lanes of the type `stored`."""
+    names = {ir.FloatType(): "f32", ir.DoubleType(): "f64"}
+    element = names.get(stored) or f"i{stored.width}"
+    kind = ir.FunctionType(result, [a.type for a in arguments])
+    name = f"llvm.masked.{verb}.v{LANES}{element}.p0"
+    return builder.call(cgutils.get_or_insert_function(builder.module, kind, name), arguments)
+
+
+def _load(array_type, dtype, part=False):
     def codegen(context, builder, signature, arguments):
-        address = _address(context, builder, array_type, *arguments)
+        address = _address(context, builder, array_type, *arguments[:2])
         stored = address.type.pointee
-        whole = builder.bitcast(address, ir.VectorType(stored, LANES).as_pointer())
-        value = builder.load(whole, align=context.get_abi_sizeof(stored))
+        lanes = ir.VectorType(stored, LANES)
+        whole = builder.bitcast(address, lanes.as_pointer())
+        align = context.get_abi_sizeof(stored)
+        if part:
+            mask = _mask(builder, arguments[2])
+            given = [whole, ir.IntType(32)(align), mask, ir.Constant(lanes, None)]
+            value = _masked(builder, "load", stored, lanes, given)
+        else:
+            value = builder.load(whole, align=align)
         if isinstance(array_type.dtype, types.Float):
             return _to(builder, value, dtype)
         signed = getattr(array_type.dtype, "signed", False)
         return (builder.sitofp if signed else builder.uitofp)(value, _vector(dtype))
 
-    return Lanes(dtype)(array_type, types.intp), codegen
+    return Lanes(dtype)(array_type, *[types.intp] * (1 + part)), codegen
 
 
 @intrinsic
@@ -89,6 +116,25 @@ def _load_float64(context, x, i):
 
 
 @intrinsic
+def _load_computed_part(context, x, i, n):
+    return _load(x, _computed(x.dtype), part=True)
+
+
+@intrinsic
+def _load_float64_part(context, x, i, n):
+    return _load(x, types.float64, part=True)
+
+
+@intrinsic
+def _only(context, value, n):
+    def codegen(context, builder, signature, arguments):
+        lanes, count = arguments
+        return builder.select(_mask(builder, count), lanes, ir.Constant(lanes.type, None))
+
+    return value(value, types.intp), codegen
+
+
+@intrinsic
 def _store(context, y, i, value):
     def codegen(context, builder, signature, arguments):
         array, index, lanes = arguments
@@ -98,6 +144,37 @@ def _store(context, y, i, value):
         return context.get_dummy_value()
 
     return types.void(y, types.intp, value), codegen
+
+
+@intrinsic
+def _store_part(context, y, i, n, value):
+    def codegen(context, builder, signature, arguments):
+        array, index, count, lanes = arguments
+        address = _address(context, builder, y, array, index)
+        stored = address.type.pointee
+        whole = builder.bitcast(address, _vector(y.dtype).as_pointer())
+        align = ir.IntType(32)(context.get_abi_sizeof(stored))
+        given = [_to(builder, lanes, y.dtype), whole, align, _mask(builder, count)]
+        _masked(builder, "store", stored, ir.VoidType(), given)
+        return context.get_dummy_value()
+
+    return types.void(y, types.intp, types.intp, value), codegen
+
+
+@intrinsic
+def _prefetch(context, x, i):
+    def codegen(context, builder, signature, arguments):
+        byte, word = ir.IntType(8).as_pointer(), ir.IntType(32)
+        address = _address(context, builder, x, *arguments)
+        size = context.get_abi_sizeof(address.type.pointee)
+        kind = ir.FunctionType(ir.VoidType(), [byte, word, word, word])
+        function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+        for lane in range(0, LANES, max(1, LINE // size)):
+            line = builder.bitcast(builder.gep(address, [word(lane)]), byte)
+            builder.call(function, [line, word(0), word(3), word(1)])  # to read, into the first level, data
+        return context.get_dummy_value()
+
+    return types.void(x, types.intp), codegen
 
 
 def _dtype_of(*given):
@@ -167,13 +244,27 @@ def _plain_total(a):
     return a[0]
 
 
+def _plain_load_part(x, i, n):
+    return np.concatenate([x[i : i + n], np.zeros(LANES - n, x.dtype)])
+
+
 def _plain_store(y, i, value):
     y[i : i + LANES] = value
 
 
+def _plain_store_part(y, i, n, value):
+    y[i : i + n] = value[:n]
+
+
+def _plain_only(value, n):
+    return np.where(np.arange(LANES) < n, value, 0)
+
+
 if config.DISABLE_JIT:
     load, load64 = (lambda x, i: x[i : i + LANES]), (lambda x, i: x[i : i + LANES].astype(np.float64))
-    store, total = _plain_store, _plain_total
+    load_part, load64_part = _plain_load_part, (lambda x, i, n: _plain_load_part(x, i, n).astype(np.float64))
+    store, store_part, only, total = _plain_store, _plain_store_part, _plain_only, _plain_total
+    prefetch = lambda x, i: None  # noqa: E731
     minus, plus, times = (lambda a, b: a - b), (lambda a, b: a + b), (lambda a, b: a * b)
     muladd = lambda a, b, c: a * b + c  # noqa: E731
     zeros = lambda: np.zeros(LANES)  # noqa: E731
@@ -184,6 +275,12 @@ else:
     load64 = _load_float64
     #: y[i : i + 16] = value, rounded to y's dtype.
     store = _store
+    #: The same for a last, shorter piece of n < 16 elements: no other is read or written; other lanes are 0.
+    load_part, load64_part, store_part = _load_computed_part, _load_float64_part, _store_part
+    #: The first n lanes, and 0 in the others.
+    only = _only
+    #: Bring x[i : i + 16] into the cache. Any i will do: an address outside of the array has no effect.
+    prefetch = _prefetch
     #: a - b, a + b, a * b, a * b + c (in one rounding where the processor can). A number stands for sixteen of it.
     minus, plus, times, muladd = _minus, _plus, _times, _muladd
     #: Sixteen float64 zeros.

@@ -7,7 +7,6 @@ blocks of float32 or float64 arrays, in parallel, vectorized, without a second p
 import numpy as np
 
 from .._jit import elementwise, kernel, prange, reduction
-from .leaves import normalize_run
 
 BLOCK = 1 << 15
 
@@ -33,6 +32,13 @@ def run_sum2(x, dy):
 
 
 @elementwise
+def run_copy(x, y, a, b, c):
+    """y = (x - a) * b + c."""
+    for i in range(x.size):
+        y[i] = (x[i] - a) * b + c
+
+
+@elementwise
 def run_triad(x, dy, z, a, b, c):
     """z = x * a + dy * b + c."""
     for i in range(x.size):
@@ -44,7 +50,7 @@ def copy(x, y, k):
     """y = (x - k[0]) * k[1] + k[2], with k = (0, 1, 0.5)."""
     for t in prange(-(-x.size // BLOCK)):
         i = np.intp(t) * BLOCK
-        normalize_run(x[i : i + BLOCK], y[i : i + BLOCK], k[0], k[1], k[2])
+        run_copy(x[i : i + BLOCK], y[i : i + BLOCK], k[0], k[1], k[2])
 
 
 @kernel

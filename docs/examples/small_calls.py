@@ -1,6 +1,8 @@
 """What a call costs where there is next to nothing to compute, and where that time goes.
 
-calls   µs of a call on small arrays, beside PyTorch's; (2, 1) has nothing to compute, what it takes is the call itself
+calls   µs of a call on small arrays; (2, 1) has nothing to compute, what it takes is the call itself. Beside it the
+        barest call of PyTorch for the work, and what stands for it in a network: training recorded for the backward
+        (which `batch_norm_train` prepares too), and a layer for a layer
 parts   the same µs by module and by function of fastbn: a timer interrupts the running program and notes the function
         it is in, down to a few instructions, without the overhead of a profiler that follows every call. Numba's
         dispatch and the kernel belong to `_threads.run`
@@ -54,28 +56,34 @@ def fastbn_calls(shape, out):
     }
 
 
-# PyTorch's call for the same work. Of a layer too: the function, which is less than PyTorch's layer does.
-PEER = {
-    "batch_norm_train": "train",
-    "batch_norm": "eval",
-    "batch_norm_backward": "backward",
-    "BatchNorm, train": "train",
-    "BatchNorm, eval": "eval",
+# PyTorch's barest call for the same work, and what a network has for it.
+PEERS = {
+    "batch_norm_train": ("train", "train, recorded"),
+    "batch_norm": ("eval", "eval"),
+    "batch_norm_backward": ("backward", "backward"),
+    "BatchNorm, train": ("train", "layer, train"),
+    "BatchNorm, eval": ("eval", "layer, eval"),
 }
 
 
 def torch_calls(torch, shape):
-    """A dict of PyTorch's calls; none of them records for autograd."""
+    """A dict of PyTorch's calls; those of training that say so record for autograd."""
     x, dy = torch.from_numpy(np.random.default_rng(0).standard_normal((2, *shape), dtype="float32"))
     gamma, beta = torch.ones(shape[1]), torch.zeros(shape[1])
+    parameters = [torch.nn.Parameter(p) for p in (gamma, beta)]
+    layer = torch.nn.BatchNorm1d if len(shape) == 2 else torch.nn.BatchNorm2d
+    training, frozen = layer(shape[1]), layer(shape[1]).eval().requires_grad_(False)
     _, mean, invstd = torch.ops.aten.native_batch_norm.default(x, gamma, beta, None, None, True, 0.1, 1e-5)
     var = invstd**-2 - 1e-5
     backward = torch.ops.aten.native_batch_norm_backward.default
     f = torch.nn.functional.batch_norm
     return {
         "train": lambda: f(x, None, None, gamma, beta, training=True),
+        "train, recorded": lambda: f(x, None, None, *parameters, training=True),
         "eval": lambda: f(x, mean, var, gamma, beta),
         "backward": lambda: backward(dy, x, gamma, None, None, mean, invstd, True, 1e-5, [True] * 3),
+        "layer, train": lambda: training(x),
+        "layer, eval": lambda: frozen(x),
     }
 
 
@@ -121,17 +129,22 @@ def print_calls(timed, markdown):
     """µs of each call, beside PyTorch's; `timed` is {shape: what `call_seconds` found}."""
     counts = thread_counts() if optional_torch() else []
     head = ["call", "fresh, µs", "out=, µs", *(f"PyTorch, {t} thread{'s' if t > 1 else ''}, µs" for t in counts)]
+    head += ["fresh / PyTorch", "goal", "PyTorch in a network, µs", "fresh / that"] if counts else []
     for shape, s in timed.items():
-        print(f"{shape} float32:\n")
         rows = []
-        for what, peer in PEER.items():
-            row = [what, *(f"{s[what, how] * 1e6:.1f}" for how in ("fresh", "out"))]
+        for what, (bare, network) in PEERS.items():
+            row = [what, _us(s[what, "fresh"]), _us(s[what, "out"]), *(_us(s[bare, t]) for t in counts)]
             if counts:
-                goal = "" if peer == "backward" else f"{CALL_GOAL:.2f}"
-                row += [f"{s[peer, t] * 1e6:.1f}" for t in counts]
-                row += [f"{s[what, 'fresh'] / min(s[peer, t] for t in counts):.2f}", goal]
+                least, usual = (min(s[name, t] for t in counts) for name in (bare, network))
+                goal = "" if bare == "backward" else f"{CALL_GOAL:.2f}"
+                row += [f"{s[what, 'fresh'] / least:.2f}", goal, _us(usual), f"{s[what, 'fresh'] / usual:.2f}"]
             rows.append(row)
-        report.table(head + (["fresh / PyTorch's best", "goal"] if counts else []), rows, markdown)
+        print(f"{shape} float32{', ratios to the better number of threads' if len(counts) > 1 else ''}:\n")
+        report.table(head, rows, markdown)
+
+
+def _us(seconds):
+    return f"{seconds * 1e6:.1f}"
 
 
 # -------------------------------------------------------------------------------------------------------------- parts

@@ -1,14 +1,14 @@
 """How long a user waits before there is a result: imports, the first call ever, and the first call of a new process.
 
 Every figure is the median over processes of their own, which take turns, from the start of the process to the result
-(or to the end of the import). *Cold* is with an empty disk cache: Numba compiles. *Warm* is the same program once more,
+(or to the end of the import). *Cold* is with an empty disk cache: Numba compiles. *Warm* is the same program again,
 with the cache that the cold one has filled. Calls are on (8, 64, 28, 28) float32, large enough to run parallel; the
 backward is that of a `Saved.fixed`, so that no forward is compiled for it.
 
-It takes about a minute and a half, three quarters of it in compiling.
+It takes about a minute; compiling is most of it, and is done once unless told otherwise.
 
     python docs/examples/startup.py
-    python docs/examples/startup.py --rounds 1
+    python docs/examples/startup.py --cold-rounds 3
 """
 
 import importlib.util
@@ -56,57 +56,55 @@ def seconds(program, cache):
     return float(done.stdout) - start
 
 
-def cold_and_warm(verb, layout):
-    """Seconds of the first call ever, and of the first call of the next process."""
-    with tempfile.TemporaryDirectory() as cache:
-        return seconds(call(verb, layout), cache), seconds(call(verb, layout), cache)
-
-
-def measure(rounds, calls):
-    """({what is imported: seconds}, {(verb, layout): (cold, warm) seconds}), medians."""
-    programs = dict(IMPORTS)
+def measure(rounds, cold_rounds, calls):
+    """Median seconds: {what is imported: s}, {(verb, layout): cold s}, {(verb, layout): warm s}."""
+    imports = dict(IMPORTS)
     if importlib.util.find_spec("torch"):
-        programs["import torch, F.batch_norm"] = TORCH
-    imported, called = {what: [] for what in programs}, {key: [] for key in calls}
-    with tempfile.TemporaryDirectory() as cache:
-        for program in programs.values():  # unmeasured: files that are not in memory yet, .pyc files to be written
-            seconds(program, cache)
-        for _ in range(rounds):
-            for what, program in programs.items():
-                imported[what].append(seconds(program, cache))
+        imports["import torch, F.batch_norm"] = TORCH
+    imported, cold, warm = {what: [] for what in imports}, {key: [] for key in calls}, {key: [] for key in calls}
+    with tempfile.TemporaryDirectory() as folder:
+        for program in imports.values():  # unmeasured: files that are not in memory yet, .pyc files to be written
+            seconds(program, folder)
+        caches = {}
+        for _ in range(cold_rounds):
             for key in calls:
-                called[key].append(cold_and_warm(*key))
-    return (
-        {what: median(s) for what, s in imported.items()},
-        {key: tuple(map(median, zip(*s, strict=True))) for key, s in called.items()},
-    )
+                caches[key] = tempfile.mkdtemp(dir=folder)
+                cold[key].append(seconds(call(*key), caches[key]))
+        for _ in range(rounds):
+            for what, program in imports.items():
+                imported[what].append(seconds(program, folder))
+            for key in calls:
+                warm[key].append(seconds(call(*key), caches[key]))
+    return [{key: median(s) for key, s in found.items()} for found in (imported, cold, warm)]
 
 
 def main(argv=None):
     """Measure and print."""
     parser = report.parser(__doc__)
-    parser.add_argument("--rounds", type=int, default=3, help="processes of each kind (%(default)s)")
+    parser.add_argument("--rounds", type=int, default=5, help="processes of each kind (%(default)s)")
+    parser.add_argument("--cold-rounds", type=int, default=1, help="of those that compile (%(default)s)")
     options = parser.parse_args(argv)
-    if options.rounds < 1:
-        parser.error("--rounds must be at least 1")
+    if min(options.rounds, options.cold_rounds) < 1:
+        parser.error("--rounds and --cold-rounds must be at least 1")
     calls = [(verb, layout) for verb in VERBS for layout in SHAPES]
     if options.quick:
         options.rounds, calls = 1, calls[:1]
-    imported, called = measure(options.rounds, calls)
+    imported, cold, warm = measure(options.rounds, options.cold_rounds, calls)
     torch = imported.get("import torch, F.batch_norm")
 
-    print("From the start of a process to the end of:\n")
+    print(f"From the start of a process to the end of (median of {options.rounds}):\n")
     rows = [[what, f"{s:.3f}", ""] for what, s in imported.items()]
     above = imported["import fastbn"] - imported["import numpy"]
     rows.append(["import fastbn above NumPy", f"{above:.3f}", f"{IMPORT_GOAL:.3f}"])
     report.table(["", "s", "goal"], rows, options.markdown)
 
-    print("From the start of a process to the result of its first call:\n")
+    print(f"To the result of the first call, cold (median of {options.cold_rounds}) and warm ({options.rounds}):\n")
     head = ["verb", "layout", "cold, s", "goal", "warm, s", "warm / PyTorch", "goal"]
     rows = []
-    for (verb, layout), (cold, warm) in called.items():
-        ratio = f"{warm / torch:.2f}" if torch else "not installed"
-        rows.append([verb, layout, f"{cold:.2f}", f"{COLD_GOAL:.2f}", f"{warm:.2f}", ratio, f"{WARM_GOAL:.2f}"])
+    for verb, layout in calls:
+        c, w = cold[verb, layout], warm[verb, layout]
+        ratio = f"{w / torch:.2f}" if torch else "not installed"
+        rows.append([verb, layout, f"{c:.2f}", f"{COLD_GOAL:.2f}", f"{w:.2f}", ratio, f"{WARM_GOAL:.2f}"])
     report.table(head, rows, options.markdown)
     print(report.environment())
 

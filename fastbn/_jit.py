@@ -29,9 +29,9 @@ __all__ = ["Kernel", "elementwise", "exact", "kernel", "prange", "reduction"]
 _common: dict[str, Any] = {"error_model": "numpy", "nogil": True}
 
 #: For a sum whose last bits do not matter (the yardsticks). Those that do are spelled out in lanes: `kernels.lanes`.
-reduction = njit(fastmath={"reassoc", "nsz", "contract"}, **_common)
+reduction = njit(fastmath={"reassoc", "nsz", "contract"}, **_common, _nrt=False)
 #: For leaves: multiply and add in one rounding, no other freedom.
-elementwise = njit(fastmath={"contract"}, **_common)
+elementwise = njit(fastmath={"contract"}, **_common, _nrt=False)
 #: For merges and everything else whose order of operations is part of the result.
 exact = njit(**_common)
 

@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ._threads import planned_threads
-from .kernels.grid import BACKWARD_RUN, FORWARD_RUN, Grid, fused_grid, split_grid
+from .kernels.grid import Grid, fused_grid, split_grid
 
 Array = npt.NDArray[Any]
 Shape = tuple[int, ...]
@@ -45,9 +45,8 @@ class Layout(NamedTuple):
     size
         Elements in all.
     whole, split
-        The tiles of a forward that takes the statistics of x, and of one that does not.
-    backward_whole, backward_split
-        The tiles of a backward through the statistics, and of one with the statistics held fixed.
+        The tiles of a forward that takes the statistics of x or a backward through them, and of those where the
+        statistics are given.
     """
 
     order: Shape
@@ -60,8 +59,6 @@ class Layout(NamedTuple):
     size: int
     whole: Grid
     split: Grid
-    backward_whole: Grid
-    backward_split: Grid
 
 
 def layout_of(x: Array, axes: Shape) -> Layout:
@@ -89,8 +86,7 @@ def layout(shape: Shape, strides: Shape, itemsize: int, axes: Shape, threads: in
         step *= shape[a]
     size = math.prod(shape)
     sides = max(outer, 1), max(channels, 1), max(inner, 1)  # of an empty array no tile is ever used
-    split, backward_split = (split_grid(*sides, itemsize, run) for run in (FORWARD_RUN, BACKWARD_RUN))
-    whole, backward_whole = (fused_grid(*sides, itemsize, threads, run) for run in (FORWARD_RUN, BACKWARD_RUN))
+    split = split_grid(*sides, itemsize)
     return Layout(
         order=order,
         in_order=order == tuple(rank),
@@ -100,10 +96,8 @@ def layout(shape: Shape, strides: Shape, itemsize: int, axes: Shape, threads: in
         channels=channels,
         per_channel=outer * inner,
         size=size,
-        whole=whole or split,
+        whole=fused_grid(*sides, itemsize, threads) or split,
         split=split,
-        backward_whole=backward_whole or backward_split,
-        backward_split=backward_split,
     )
 
 

@@ -236,7 +236,7 @@ def batch_norm_backward(dy: npt.ArrayLike, saved: "Saved", *, out: Array | None 
     target = Target(x, dtype, lay, out)
     grads = np.zeros((2, lay.channels))
     if lay.size:
-        grid = lay.backward_split if saved.frozen else lay.backward_whole
+        grid = lay.split if saved.frozen else lay.whole
         kernel = kernels.backward.backward_runs if grid.runs else kernels.backward.backward_rows
         given = target.source(dy, lay, convert=True)
         n = float(lay.per_channel)

@@ -8,7 +8,7 @@ import reference
 
 from fastbn._layout import layout
 from fastbn._threads import SERIAL_SIZE
-from fastbn.kernels.grid import BACKWARD_RUN, FOLD, FORWARD_RUN, SEGMENT, STRIP
+from fastbn.kernels.grid import AHEAD, FOLD, RUN, SEGMENT, STRIP
 
 FLOATS = ("float32", "float64")
 INTEGERS = ("int8", "uint8", "int32", "bool")
@@ -101,33 +101,21 @@ SMALL = [
     Case("one-channel", (6, 1, 5)),
     Case("size-1-axes", (1, 5, 1, 3, 1), 1),
     Case("two-values", (2, 4)),
-    Case("long-runs", (3, 2, BACKWARD_RUN)),
+    Case("long-runs", (3, 2, RUN + 1)),
 ]
 
 # Around vector widths and the constants that cut an array into tiles: below the size where calls go parallel.
 EDGES = [
-    *(
-        Case("inner", (5, 3, n))
-        for n in (
-            1,
-            2,
-            8,
-            15,
-            16,
-            17,
-            FORWARD_RUN - 1,
-            FORWARD_RUN,
-            49,
-            BACKWARD_RUN - 1,
-            BACKWARD_RUN,
-            BACKWARD_RUN + 1,
-        )
-    ),
+    *(Case("inner", (5, 3, n)) for n in (1, 2, 8, 15, 16, 17, RUN - 1, RUN, RUN + 1, 49, 127, 128, 129)),
+    # Groups of short runs: whole ones, one that is not full, one channel too many for the cache.
+    *(Case("group", (n, 65, 49)) for n in (1, 3)),
+    Case("group-narrow", (150, 11, 100)),
+    Case("group-ends", (2, 9, AHEAD // 4)),
     *(Case("columns", (37, n)) for n in (1, 3, 7, 8, 9, 16, 17, 65, 257)),
     *(Case("fold", (n, 3)) for n in (85, 86, 301, 1021)),
     *(Case("fold", (53, n)) for n in (FOLD - 1, FOLD, FOLD + 1)),
     *(Case("strip", (9, n)) for n in (STRIP - 1, STRIP, STRIP + 1, 2 * STRIP + 1)),
-    *(Case("short-runs", (n, 65, 49)) for n in (1, 6)),
+    *(Case("short-runs", (n, 65, 25)) for n in (1, 6)),
     Case("short-runs-folded", (301, 2, 9)),
     *(Case("segment", (2, 2, n)) for n in (SEGMENT - 1, SEGMENT, SEGMENT + 1)),
     Case("segment-fused", (1, 3, 2 * SEGMENT + 1)),
@@ -139,9 +127,11 @@ EDGES = [
 BIG = [
     Case("runs-fused", (4, 16, 40, 40)),
     Case("runs-fused-odd", (3, 65, 391)),
+    Case("runs-grouped", (32, 70, 49)),
+    Case("runs-grouped-even", (16, 64, 14, 14)),
     Case("runs-split", (8, 3, 64, 64)),
     Case("runs-split-long", (1, 2, 5 * SEGMENT + 3)),
-    Case("runs-split-short", (300, 2, BACKWARD_RUN + 1)),
+    Case("runs-split-short", (300, 2, 129)),
     Case("all-split", (333, 333), ()),
     Case("rows-fused", (256, 300)),
     Case("rows-fused-inner", (40, 257, 9)),

@@ -279,10 +279,11 @@ def fused_channels(first, last, dy, x, dx, point, count, grads, outer, channels,
 
 
 @exact
-def segments_tile(phase, t, dy, x, dx, part, point, k, channels, inner, per_tile):
+def segments_tile(phase, t, dy, x, dx, part, point, k, channels, inner, tiles):
     """A few consecutive segments of runs: their partial sums, their dx, or both."""
     per_run = -(-inner // SEGMENT)
-    for i in range(t * per_tile, min((t + 1) * per_tile, dy.size // inner * per_run)):
+    segments = dy.size // inner * per_run
+    for i in range(t * segments // tiles, (t + 1) * segments // tiles):
         run, j = i // per_run, i % per_run
         n, c = run // channels, run % channels
         low = run * inner + j * SEGMENT
@@ -300,8 +301,9 @@ def segments_tile(phase, t, dy, x, dx, part, point, k, channels, inner, per_tile
 @kernel
 def backward_runs(dy, x, dx, point, count, grads, frozen, sizes):
     """Long inner runs. `sizes` is that of `grid`; a frozen backward takes the split one."""
-    outer, channels, inner, group, per_tile, tiles = sizes
+    outer, channels, inner, group, tiles = sizes
     fused = group > 0
+    groups = -(-channels // group) if fused else 0
     phase = FUSED if fused else FROZEN if frozen else SUMS
     part = np.empty((0 if fused else outer * -(-inner // SEGMENT), 2, channels))
     k = np.empty((5, channels), dx.dtype)
@@ -310,13 +312,13 @@ def backward_runs(dy, x, dx, point, count, grads, frozen, sizes):
     while True:
         for t in prange(tiles):
             if phase == FUSED:
-                first = np.intp(t) * per_tile
-                last = min(first + per_tile, channels)
+                first = np.intp(t) * groups // tiles * group
+                last = min((np.intp(t) + 1) * groups // tiles * group, channels)
                 fused_channels(first, last, dy, x, dx, point, count, grads, outer, channels, inner, group)
             else:
                 segments_tile(
                     phase, tiles - 1 - np.intp(t) if phase == WRITE else np.intp(t), dy, x, dx, part, point, k,
-                    channels, inner, per_tile,
+                    channels, inner, tiles,
                 )  # fmt: skip
         if phase == FUSED or phase == WRITE:
             break
@@ -363,14 +365,15 @@ def block_dx(dy, x, dx, start, rows, stride, frozen, low, high, k):
 @exact
 def rows_tile(phase, t, dy, x, dx, centre, part, k, sizes):
     """A block of rows of a strip: its column sums, its dx, or both. `centre` and `k` (5) are by column."""
-    total, width, _, inner, block, blocks, panel, panels, _ = sizes
+    total, width, _, inner, blocks, panel, panels, _ = sizes
     b, p = t // panels, t % panels
     low = p * panel * inner
     high = width if p == panels - 1 else low + panel * inner
     full = total // width
-    rows = min(block, full - b * block)
+    row = b * full // blocks
+    rows = (b + 1) * full // blocks - row
     rest = total - full * width if b == blocks - 1 else 0  # elements of a last row that is not full
-    start = b * block * width + low
+    start = row * width + low
     end = start + rows * width
     if phase != WRITE:
         block_products(dy, x, start, rows, width, centre[low:high], part[b, 0, low:high], part[b, 1, low:high])
@@ -385,7 +388,7 @@ def rows_tile(phase, t, dy, x, dx, centre, part, k, sizes):
 @kernel
 def backward_rows(dy, x, dx, point, count, grads, frozen, sizes):
     """Short inner runs. `sizes` is that of `grid`; a frozen backward takes the split one."""
-    total, width, channels, inner, _, blocks, panel, panels, fused = sizes
+    total, width, channels, inner, blocks, panel, panels, fused = sizes
     phase = FUSED if fused else FROZEN if frozen else SUMS
     tiles = blocks * panels
     outer = total // (channels * inner)

@@ -100,10 +100,11 @@ def fused_channels(first, last, x, y, stats, params, eps, count, write, outer, c
 
 
 @exact
-def segments_tile(phase, t, x, y, part, pivot, coefficients, channels, inner, per_tile):
+def segments_tile(phase, t, x, y, part, pivot, coefficients, channels, inner, tiles):
     """A few consecutive segments of runs: their partial sums, or their y."""
     per_run = -(-inner // SEGMENT)
-    for i in range(t * per_tile, min((t + 1) * per_tile, x.size // inner * per_run)):
+    segments = x.size // inner * per_run
+    for i in range(t * segments // tiles, (t + 1) * segments // tiles):
         run, k = i // per_run, i % per_run
         n, c = run // channels, run % channels
         low = run * inner + k * SEGMENT
@@ -119,8 +120,9 @@ def segments_tile(phase, t, x, y, part, pivot, coefficients, channels, inner, pe
 @kernel
 def forward_runs(x, y, stats, params, eps, count, measure, write, sizes):
     """Long inner runs. `sizes` is that of `grid`."""
-    outer, channels, inner, group, per_tile, tiles = sizes
+    outer, channels, inner, group, tiles = sizes
     fused = group > 0
+    groups = -(-channels // group) if fused else 0
     phase = FUSED if fused else SUMS if measure else WRITE
     pivot = np.empty(channels if phase == SUMS else 0)
     part = np.empty((outer * -(-inner // SEGMENT) if phase == SUMS else 0, 2, channels))
@@ -134,13 +136,13 @@ def forward_runs(x, y, stats, params, eps, count, measure, write, sizes):
     while True:
         for t in prange(tiles):
             if phase == FUSED:
-                first = np.intp(t) * per_tile
-                last = min(first + per_tile, channels)
+                first = np.intp(t) * groups // tiles * group
+                last = min((np.intp(t) + 1) * groups // tiles * group, channels)
                 fused_channels(first, last, x, y, stats, params, eps, count, write, outer, channels, inner, group)
             else:
                 segments_tile(
-                    phase, np.intp(t) if phase == SUMS else tiles - 1 - np.intp(t), x, y, part, pivot, coefficients,
-                    channels, inner, per_tile,
+                    phase, tiles - 1 - np.intp(t) if phase == WRITE and measure else np.intp(t), x, y, part, pivot, coefficients,
+                    channels, inner, tiles,
                 )  # fmt: skip
         if phase != SUMS:
             break
@@ -238,14 +240,15 @@ def fused_strip(first, last, x, y, stats, params, eps, count, measure, write, ou
 @exact
 def rows_tile(phase, t, x, y, pivot, part, k, sizes):
     """A block of rows of a strip: its column sums, or its y. `pivot` and `k` (3) are by column."""
-    total, width, _, inner, block, blocks, panel, panels, _ = sizes
+    total, width, _, inner, blocks, panel, panels, _ = sizes
     b, p = t // panels, t % panels
     low = p * panel * inner
     high = width if p == panels - 1 else low + panel * inner
     full = total // width
-    rows = min(block, full - b * block)
+    row = b * full // blocks
+    rows = (b + 1) * full // blocks - row
     rest = total - full * width if b == blocks - 1 else 0  # elements of a last row that is not full
-    start = b * block * width + low
+    start = row * width + low
     end = start + rows * width
     if phase == SUMS:
         block_sums(x, start, rows, width, pivot[low:high], part[b, 0, low:high], part[b, 1, low:high])
@@ -260,7 +263,7 @@ def rows_tile(phase, t, x, y, pivot, part, k, sizes):
 @kernel
 def forward_rows(x, y, stats, params, eps, count, measure, write, sizes):
     """Short inner runs. `sizes` is that of `grid`."""
-    total, width, channels, inner, _, blocks, panel, panels, fused = sizes
+    total, width, channels, inner, blocks, panel, panels, fused = sizes
     phase = FUSED if fused else SUMS if measure else WRITE
     tiles = blocks * panels
     outer = total // (channels * inner)
@@ -289,7 +292,7 @@ def forward_rows(x, y, stats, params, eps, count, measure, write, sizes):
                 )
             else:
                 rows_tile(
-                    phase, tiles - 1 - np.intp(t) if phase == WRITE else np.intp(t), x, y, pivot_columns, part,
+                    phase, tiles - 1 - np.intp(t) if phase == WRITE and measure else np.intp(t), x, y, pivot_columns, part,
                     k_columns, sizes,
                 )  # fmt: skip
         if phase != SUMS:

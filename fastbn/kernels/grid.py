@@ -16,11 +16,8 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-FORWARD_RUN, BACKWARD_RUN = 32, 128
-"""An inner run of at least this many elements is reduced along itself.
-
-At 7 x 7 (49) that takes 0.8 of the time of rows in the forward, and 1.3 times theirs in the backward.
-"""
+RUN = 32
+"""An inner run of at least this many elements is reduced along itself: 6 x 6 takes 0.85 of the time of rows, 4 x 4 1.2."""
 
 FUSED_RUNS_BYTES = 1 << 21
 """The largest slab (all values of one channel) that is expected to stay in the cache between two passes."""
@@ -38,11 +35,11 @@ AHEAD = 768
 GROUP_BYTES = 1 << 18
 """Of short runs, so many channels are taken together that those of one sample are AHEAD long, or all this large."""
 
-TILE_BYTES = 1 << 18, 1 << 20
-"""Bytes that one split tile covers, at least and at most: small ones balance threads, large ones leave less to add."""
+TILE_BYTES = 1 << 16
+"""Bytes that one split tile covers, at least."""
 
-TILES = 32
-"""Split tiles to have before they grow."""
+TILES = 128
+"""Split tiles at most. Their number is a power of two, and they are of one size, to within one segment or row."""
 
 TILES_PER_THREAD = 2
 """Tiles of pipelined channels: more would balance threads better, fewer have less to do before the pipeline runs."""
@@ -59,8 +56,8 @@ class Grid(NamedTuple):
 
     `sizes` is an array because that is the cheapest type to hand to Numba:
 
-    runs: outer, channels, inner, channels per group (0: split), channels (fused) or segments (split) per tile, tiles
-    rows: elements, columns of a folded row, channels, inner, rows per block, blocks, channels per strip, strips, fused
+runs: outer, channels, inner, channels per group (0: split), tiles
+    rows: elements, columns of a folded row, channels, inner, blocks of rows, channels per strip, strips, fused
     """
 
     runs: bool
@@ -73,16 +70,20 @@ def _ceil(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def fused_grid(outer: int, channels: int, inner: int, itemsize: int, threads: int, run: int) -> Grid | None:
+def _even(most: int) -> int:
+    """The number of tiles where there may be up to `most`."""
+    return int(1 << min(max(most, 1), TILES).bit_length() - 1)
+
+
+def fused_grid(outer: int, channels: int, inner: int, itemsize: int, threads: int) -> Grid | None:
     """Tiles that hold whole channels, or None where they would not stay in the cache or be too few."""
-    if inner >= run:
+    if inner >= RUN:
         if outer * inner * itemsize > FUSED_RUNS_BYTES or channels < min(8, outer * _ceil(inner, SEGMENT)):
             return None
         group = min(_ceil(AHEAD, inner), channels, max(1, GROUP_BYTES // (outer * inner * itemsize)))
         # Neighbours are pipelined, so a tile has as many groups as leave every thread a few tiles.
-        per_tile = _ceil(_ceil(channels, group), TILES_PER_THREAD * threads) * group
-        tiles = _ceil(channels, per_tile)
-        return Grid(True, True, tiles, np.array([outer, channels, inner, group, per_tile, tiles], np.int64))
+        tiles = min(_ceil(channels, group), TILES_PER_THREAD * threads)
+        return Grid(True, True, tiles, np.array([outer, channels, inner, group, tiles], np.int64))
     # Not narrower than one cache line's worth of columns per 256 elements, and at least 8 strips if they allow it.
     width = min(STRIP, max(256, _ceil(channels * inner, 8)))
     panel = min(channels, max(1, width // inner))
@@ -90,17 +91,15 @@ def fused_grid(outer: int, channels: int, inner: int, itemsize: int, threads: in
         return None
     panels = _ceil(channels, panel)
     total, row = outer * channels * inner, channels * inner
-    return Grid(False, True, panels, np.array([total, row, channels, inner, outer, 1, panel, panels, 1], np.int64))
+    return Grid(False, True, panels, np.array([total, row, channels, inner, 1, panel, panels, 1], np.int64))
 
 
-def split_grid(outer: int, channels: int, inner: int, itemsize: int, run: int) -> Grid:
-    """Tiles of up to a MB each, for statistics and normalization in two passes, or for inference."""
-    tile = min(max(outer * channels * inner * itemsize // TILES, TILE_BYTES[0]), TILE_BYTES[1])
-    if inner >= run:
+def split_grid(outer: int, channels: int, inner: int, itemsize: int) -> Grid:
+    """Tiles of one size, for statistics and normalization in two passes, or for inference."""
+    if inner >= RUN:
         segments = outer * channels * _ceil(inner, SEGMENT)
-        per_tile = max(1, tile // (min(inner, SEGMENT) * itemsize))
-        tiles = _ceil(segments, per_tile)
-        return Grid(True, False, tiles, np.array([outer, channels, inner, 0, per_tile, tiles], np.int64))
+        tiles = _even(min(segments, outer * channels * inner * itemsize // TILE_BYTES))
+        return Grid(True, False, tiles, np.array([outer, channels, inner, 0, tiles], np.int64))
     row = channels * inner
     fold = max(1, FOLD // row)
     fold = min(fold // 8 * 8 or fold, outer)  # whole vectors where rows are very short
@@ -109,8 +108,8 @@ def split_grid(outer: int, channels: int, inner: int, itemsize: int, run: int) -
     rows = _ceil(outer, fold)
     width = row * fold
     # A partial result takes 16 bytes per column and block: at least 64 rows keep that small beside the block itself.
-    block = max(64, tile // (min(width, panel * inner * fold) * itemsize))
-    blocks = _ceil(rows, block)
+    columns = min(width, panel * inner * fold)
+    blocks = _even(min(rows // 64, rows * columns * itemsize // TILE_BYTES))
     total = outer * row
-    sizes = [total, width, channels, inner, block, blocks, panel, panels, 0]
+    sizes = [total, width, channels, inner, blocks, panel, panels, 0]
     return Grid(False, False, blocks * panels, np.array(sizes, np.int64))

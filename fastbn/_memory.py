@@ -138,16 +138,17 @@ class Target:
     That memory is the output's own unless the caller's `out` lies in another order; then `finish` copies it over.
     """
 
-    __slots__ = ("_dense", "array", "flat")
+    __slots__ = ("_dense", "_elsewhere", "array", "flat")
 
     def __init__(self, like: Array, dtype: np.dtype[Any], lay: Layout, out: Array | None) -> None:
         self.array = new(like, dtype, lay) if out is None else out
-        plain = np.asarray(self.array)  # of a subclass: np.matrix cannot be made 1-d
-        if is_dense(plain, lay):
-            self._dense, self.flat = plain, flat(plain, lay)
-        else:
+        self._dense = np.asarray(self.array)  # of a subclass: np.matrix cannot be made 1-d
+        self._elsewhere = not is_dense(self._dense, lay)
+        if self._elsewhere:
             ordered = np.empty([like.shape[a] for a in lay.order], dtype)
             self._dense, self.flat = ordered.transpose(np.argsort(lay.order)), ordered.reshape(-1)
+        else:
+            self.flat = flat(self._dense, lay)
 
     def source(self, x: Array, lay: Layout, *, convert: bool = False) -> Array:
         """As `source`, but where a copy is needed it is made in this target, which may then be computed in place.
@@ -164,6 +165,6 @@ class Target:
 
     def finish(self) -> Array:
         """The output, complete."""
-        if not np.may_share_memory(self._dense, self.array):
+        if self._elsewhere:
             np.copyto(np.asarray(self.array), self._dense)
         return self.array

@@ -78,18 +78,14 @@ def batch_norm(
     x = _check.array(fn, "x", x)
     lay = layout_of(x, _check.axes(fn, axis, x.shape))
     eps = _check.eps(fn, eps)
-    of = _check.Of(x, axis)
-    stats = np.empty((2, lay.channels))
-    _put(stats[0], _check.parameter(fn, "mean", mean, lay.channel_shape, of))
-    _put(stats[1], _check.variance(fn, "var", var, lay.channel_shape, of))
-    params = _params(fn, gamma, beta, lay, of)
+    state = _given(fn, mean, var, gamma, beta, lay, (x, axis))
     dtype = _check.result_dtype(x)
     if out is not None:
         reads = {"x": x, "mean": mean, "var": var, "gamma": gamma, "beta": beta}
         _check.out(fn, out, x.shape, dtype, "x", reads)
     target = Target(x, dtype, lay, out)
     if lay.size:
-        _forward(target.source(x, lay), target.flat, stats, params, eps, 1.0, lay, measure=False)
+        _forward(target.source(x, lay), target.flat, state, eps, 1.0, lay, measure=False)
     return target.finish()
 
 
@@ -153,17 +149,16 @@ def batch_norm_train(
     x = _check.array(fn, "x", x)
     lay = layout_of(x, _check.axes(fn, axis, x.shape))
     eps = _check.eps(fn, eps)
-    params = _params(fn, gamma, beta, lay, _check.Of(x, axis))
+    state = _state(fn, gamma, beta, lay, (x, axis))
     _check.more_than_one(fn, lay, x, axis)
     dtype = _check.result_dtype(x)
     overwritten = out is not None and _check.out(fn, out, x.shape, dtype, "x", {"x": x, "gamma": gamma, "beta": beta})
     target = Target(x, dtype, lay, out)
-    stats = np.zeros((2, lay.channels))
     if lay.size:
-        _forward(target.source(x, lay), target.flat, stats, params, eps, float(lay.per_channel), lay, measure=True)
+        _forward(target.source(x, lay), target.flat, state, eps, float(lay.per_channel), lay, measure=True)
     y = target.finish()
     saved = Saved(
-        np.asarray(y) if overwritten else x, lay, stats, params, eps,
+        np.asarray(y) if overwritten else x, lay, state, eps,
         dtypes=(_dtype_of(gamma, dtype), _dtype_of(beta, dtype)), frozen=False, overwritten=overwritten,
     )  # fmt: skip
     return y, saved
@@ -232,15 +227,18 @@ def batch_norm_backward(dy: npt.ArrayLike, saved: "Saved", *, out: Array | None 
     dy = _check.gradient(fn, dy, x.shape)
     if out is not None:
         _check.out(fn, out, x.shape, dtype, "dy", {"x": x, "dy": dy})
-    point = saved._point(fn)
+    if saved._overwritten:
+        _check.no_zero(fn, saved._state[2])
     target = Target(x, dtype, lay, out)
     grads = np.zeros((2, lay.channels))
     if lay.size:
         grid = lay.split if saved.frozen else lay.whole
         kernel = kernels.backward.backward_runs if grid.runs else kernels.backward.backward_rows
         given = target.source(dy, lay, convert=True)
-        n = float(lay.per_channel)
-        run(kernel, lay.size, given, source(x, lay), target.flat, point, n, grads, saved.frozen, grid.sizes)
+        run(
+            kernel, lay.size, given, source(x, lay), target.flat, saved._state, saved.eps, saved._divisor, grads,
+            saved.frozen, saved._overwritten, grid.sizes,
+        )  # fmt: skip
     dgamma, dbeta = (g.reshape(lay.channel_shape).astype(d) for g, d in zip(grads, saved._dtypes, strict=True))
     return target.finish(), dgamma, dbeta
 
@@ -264,13 +262,13 @@ class Saved:
         Whether the statistics were given, not computed from x.
     """
 
-    __slots__ = ("_dtypes", "_layout", "_overwritten", "_params", "_stats", "eps", "frozen", "x")
+    __slots__ = ("_dtypes", "_layout", "_overwritten", "_state", "eps", "frozen", "x")
 
     def __init__(
-        self, x: Array, lay: Layout, stats: Array, params: Array, eps: float, *,
+        self, x: Array, lay: Layout, state: Array, eps: float, *,
         dtypes: tuple[np.dtype[Any], np.dtype[Any]], frozen: bool, overwritten: bool,
     ) -> None:  # fmt: skip
-        self.x, self._layout, self._stats, self._params, self.eps = x, lay, stats, params, eps
+        self.x, self._layout, self._state, self.eps = x, lay, state, eps
         self._dtypes, self.frozen, self._overwritten = dtypes, frozen, overwritten
 
     @classmethod
@@ -300,13 +298,10 @@ class Saved:
         fn = "Saved.fixed"
         x = _check.array(fn, "x", x)
         lay = layout_of(x, _check.axes(fn, axis, x.shape))
-        of = _check.Of(x, axis)
-        stats = np.empty((2, lay.channels))
-        _put(stats[0], _check.parameter(fn, "mean", mean, lay.channel_shape, of))
-        _put(stats[1], _check.variance(fn, "var", var, lay.channel_shape, of))
+        state = _given(fn, mean, var, gamma, beta, lay, (x, axis))
         dtype = _check.result_dtype(x)
         return cls(
-            x, lay, stats, _params(fn, gamma, beta, lay, of), _check.eps(fn, eps),
+            x, lay, state, _check.eps(fn, eps),
             dtypes=(_dtype_of(gamma, dtype), _dtype_of(beta, dtype)), frozen=True, overwritten=False,
         )  # fmt: skip
 
@@ -318,76 +313,66 @@ class Saved:
     @property
     def mean(self) -> Array:
         """Mean per channel, float64."""
-        mean: Array = self._stats[0].reshape(self._layout.channel_shape)
+        mean: Array = self._state[0].reshape(self._layout.channel_shape)
         return mean
 
     @property
     def var(self) -> Array:
         """Variance per channel, divided by n, float64."""
-        var: Array = np.asarray(self._var().reshape(self._layout.channel_shape))
-        return var
+        return np.asarray((self._state[1] / self._divisor).reshape(self._layout.channel_shape))
 
     @property
     def moments(self) -> Moments:
         """Count, mean and centred sum of squares, for `update_running` and merging."""
-        shape = self._layout.channel_shape
-        m2 = self._stats[1] * self.count if self.frozen else self._stats[1].copy()
-        return Moments.trusted(self.count, self._stats[0].copy().reshape(shape), m2.reshape(shape))
+        m = self.shared_moments()
+        return Moments.trusted(m.count, m.mean.copy(), m.m2 * self.count if self.frozen else m.m2.copy())
+
+    def shared_moments(self) -> Moments:
+        """`moments` of a forward that took them from x, without a copy."""
+        mean, m2, _, _ = self._state
+        if len(self._layout.channel_shape) != 1:
+            mean, m2 = (a.reshape(self._layout.channel_shape) for a in (mean, m2))
+        return Moments.trusted(self._layout.per_channel, mean, m2)
 
     def __repr__(self) -> str:
         return f"Saved(x={self.x.dtype}{self.x.shape}, channels={self._layout.channel_shape}, frozen={self.frozen})"
 
-    def _var(self) -> Array:
-        # A forward leaves m2 in the second row; where the statistics were given it is the variance itself.
-        var: Array = self._stats[1].copy() if self.frozen else self._stats[1] / max(self.count, 1)
-        return var
-
-    def _point(self, fn: str) -> Array:
-        """Rows centre, slope, scale: xhat = (x - centre) * slope, scale = gamma * invstd."""
-        point = np.empty((3, self._layout.channels))
-        v = self._var() + self.eps
-        flat = v == 0.0
-        if flat.any():  # as in the forward: a constant channel gives beta
-            v[flat] = np.inf
-        invstd = 1.0 / np.sqrt(v)
-        gamma, beta = self._params
-        with np.errstate(all="ignore"):
-            point[2] = gamma * invstd
-        if self._overwritten:
-            if not gamma.all():
-                raise ValueError(
-                    f"{fn}: x was overwritten (batch_norm_train with out=x) and gamma is 0 in channel "
-                    f"{int(np.argmin(gamma != 0))}, so x cannot be recovered from y; expected gamma without zeros"
-                )
-            with np.errstate(all="ignore"):
-                point[0], point[1] = beta, 1.0 / gamma
-        else:
-            point[0], point[1] = self._stats[0], invstd
-        return point
+    @property
+    def _divisor(self) -> float:
+        # A forward leaves m2 in the second row of the state; where the statistics were given it is the variance.
+        return 1.0 if self.frozen else float(max(self.count, 1))
 
 
-def _params(fn: str, gamma: Any, beta: Any, lay: Layout, of: object) -> Array:
-    """gamma and beta as the rows of one float64 array."""
-    params = np.empty((2, lay.channels))
-    _put(params[0], 1.0 if gamma is None else _check.parameter(fn, "gamma", gamma, lay.channel_shape, of))
-    _put(params[1], 0.0 if beta is None else _check.parameter(fn, "beta", beta, lay.channel_shape, of))
-    return params
+def _state(fn: str, gamma: Any, beta: Any, lay: Layout, of: _check.Of) -> Array:
+    """What the kernels know of each channel: the rows mean, m2 (both 0 so far), gamma and beta, in float64."""
+    state = np.zeros((4, lay.channels))
+    state[2] = 1.0 if gamma is None else _row(_check.parameter(fn, "gamma", gamma, lay.channel_shape, of))
+    if beta is not None:
+        state[3] = _row(_check.parameter(fn, "beta", beta, lay.channel_shape, of))
+    return state
 
 
-def _put(row: Array, value: Any) -> None:
-    row[...] = value.reshape(-1) if isinstance(value, np.ndarray) and value.ndim else value
+def _given(fn: str, mean: Any, var: Any, gamma: Any, beta: Any, lay: Layout, of: _check.Of) -> Array:
+    """The same with given statistics: var takes the place of m2, and the count is 1."""
+    mean = _check.parameter(fn, "mean", mean, lay.channel_shape, of)
+    var = _check.variance(fn, "var", var, lay.channel_shape, of)
+    state = _state(fn, gamma, beta, lay, of)
+    state[0], state[1] = _row(mean), _row(var)
+    return state
+
+
+def _row(parameter: Array) -> Array:
+    return parameter if parameter.ndim < 2 else parameter.reshape(-1)
 
 
 def _dtype_of(parameter: Any, default: np.dtype[Any]) -> np.dtype[Any]:
     if parameter is None:
         return default
-    dtype = np.asarray(parameter).dtype.newbyteorder("=")
-    return dtype if dtype.kind == "f" else default
+    dtype = np.asarray(parameter).dtype
+    return default if dtype.kind != "f" else dtype if dtype.isnative else dtype.newbyteorder("=")
 
 
-def _forward(
-    x: Array, y: Array, stats: Array, params: Array, eps: float, count: float, lay: Layout, *, measure: bool
-) -> None:
+def _forward(x: Array, y: Array, state: Array, eps: float, count: float, lay: Layout, *, measure: bool) -> None:
     grid = lay.whole if measure else lay.split
     kernel = kernels.forward.forward_runs if grid.runs else kernels.forward.forward_rows
-    run(kernel, lay.size, x, y, stats, params, eps, count, measure, True, grid.sizes)
+    run(kernel, lay.size, x, y, state, eps, count, measure, True, grid.sizes)

@@ -337,7 +337,7 @@ class BatchNorm:
         mean, var = self._running("BatchNorm")
         self.num_batches_tracked += 1
         if self.momentum is not None:
-            update_running(mean, var, saved.moments, momentum=self.momentum, correction=self.correction)
+            update_running(mean, var, saved.shared_moments(), momentum=self.momentum, correction=self.correction)
         else:
             self._pool += saved.moments
             with np.errstate(all="ignore"):

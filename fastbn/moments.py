@@ -154,7 +154,7 @@ def moments(x: npt.ArrayLike, *, axis: int | tuple[int, ...] = 1) -> Moments:
         flat = source(x, lay)
         no_y = np.empty(0, _check.result_dtype(x))
         kernel = kernels.forward.forward_runs if lay.whole.runs else kernels.forward.forward_rows
-        run(kernel, lay.size, flat, no_y, stats, stats, 0.0, float(lay.per_channel), True, False, lay.whole.sizes)
+        run(kernel, lay.size, flat, no_y, stats, 0.0, float(lay.per_channel), True, False, lay.whole.sizes)
     mean, m2 = (s.reshape(lay.channel_shape) for s in stats)
     return Moments.trusted(lay.per_channel, mean, m2)
 
@@ -205,16 +205,17 @@ def update_running(
     if m.count <= correction:
         raise ValueError(f"{fn}: m.count is {m.count}, expected at least 2 with correction=1")
     _check.apart(fn, "running_mean", running_mean, "running_var", running_var)
-    with np.errstate(all="ignore"):
-        running_mean[...] = _blend(running_mean, m.mean, momentum)
-        running_var[...] = _blend(running_var, m.var(correction), momentum)
+    n = m.count - correction
+    with np.errstate(all="ignore"):  # one for both: each costs as much as an operation
+        _move(running_mean, m.mean, momentum)
+        _move(running_var, m.m2 / n, momentum)
 
 
-def _blend(old: Array, new: Array, momentum: float) -> Array:
+def _move(running: Array, batch: Array, momentum: float) -> None:
     # Ends exactly at the one or the other: 0 * inf would be NaN.
     if momentum == 0.0:
-        return new
-    if momentum == 1.0:
-        return old
-    with np.errstate(all="ignore"):
-        return momentum * old.astype(np.float64) + (1.0 - momentum) * new
+        running[...] = batch
+    elif momentum != 1.0:
+        moved = running * np.float64(momentum)  # in float64, also where running is float32
+        moved += batch * (1.0 - momentum)
+        running[...] = moved

@@ -17,7 +17,7 @@ from fastbn.kernels import backward, forward
 VERBS = [importlib.import_module(f"fastbn.{name}") for name in ("functional", "moments")]
 ALL = forward.forward_runs, forward.forward_rows, backward.backward_runs, backward.backward_rows
 KERNELS = {k.body.__name__: k for k in ALL}
-OUTPUTS = {"y", "stats", "dx", "grads"}
+OUTPUTS = {"y", "state", "dx", "grads"}
 DIGESTS = [BIG[0], BIG[2], BIG[3], BIG[6], BIG[8], BIG[10], BIG[12]]
 
 

@@ -7,8 +7,8 @@ terms of the mean and the variance written out):
     dgamma = sum(dy * xhat)
     dx     = gamma * invstd * (dy - dbeta / n - xhat * dgamma / n)
 
-and with the statistics held fixed (`frozen`) dx = gamma * invstd * dy. `point` holds, per channel, the rows centre,
-slope and scale: xhat = (x - centre) * slope and scale = gamma * invstd. `grads` receives the rows dgamma and dbeta.
+and with the statistics held fixed (`frozen`) dx = gamma * invstd * dy. `state` holds the rows mean, m2, gamma and beta
+of the forward, as it left them; `grads` receives the rows dgamma and dbeta.
 
 Memory traffic: fused tiles read dy and x once and write dx once, and so does the frozen backward. Split tiles read dy
 and x twice, the second time from the end. dx may be dy.
@@ -35,7 +35,7 @@ from .lanes import (
     total,
     zeros,
 )
-from .leaves import ahead, normalize_rows, normalize_run
+from .leaves import ahead, inverse_std, normalize_rows, normalize_run
 
 FROZEN = 3  # sums and dx of a tile at once: dx does not wait for the sums
 
@@ -217,6 +217,21 @@ def dx_rows(dy, x, dx, i, rows, stride, scale, weight, slope, centre, shift):
 
 
 @exact
+def points(state, eps, count, overwritten):
+    """The rows centre, slope, scale of each channel: xhat = (x - centre) * slope, scale = gamma * invstd.
+
+    Where x was overwritten by y, xhat is recovered from that: xhat = (y - beta) / gamma.
+    """
+    point = np.empty((3, state.shape[1]))
+    for c in range(state.shape[1]):
+        invstd = inverse_std(state[1, c] / count, eps)
+        point[0, c] = state[3, c] if overwritten else state[0, c]
+        point[1, c] = 1.0 / state[2, c] if overwritten else invstd
+        point[2, c] = state[2, c] * invstd
+    return point
+
+
+@exact
 def finish_sums(part, point, grads, first):
     """dgamma and dbeta of the channels from `first` on, from partial sums (tiles, 2, channels) added in that order."""
     for c in range(part.shape[2]):
@@ -299,9 +314,10 @@ def segments_tile(phase, t, dy, x, dx, part, point, k, channels, inner, tiles):
 
 
 @kernel
-def backward_runs(dy, x, dx, point, count, grads, frozen, sizes):
+def backward_runs(dy, x, dx, state, eps, count, grads, frozen, overwritten, sizes):
     """Long inner runs. `sizes` is that of `grid`; a frozen backward takes the split one."""
     outer, channels, inner, group, tiles = sizes
+    point = points(state, eps, count, overwritten)
     fused = group > 0
     groups = -(-channels // group) if fused else 0
     phase = FUSED if fused else FROZEN if frozen else SUMS
@@ -316,10 +332,8 @@ def backward_runs(dy, x, dx, point, count, grads, frozen, sizes):
                 last = min((np.intp(t) + 1) * groups // tiles * group, channels)
                 fused_channels(first, last, dy, x, dx, point, count, grads, outer, channels, inner, group)
             else:
-                segments_tile(
-                    phase, tiles - 1 - np.intp(t) if phase == WRITE else np.intp(t), dy, x, dx, part, point, k,
-                    channels, inner, tiles,
-                )  # fmt: skip
+                i = tiles - 1 - np.intp(t) if phase == WRITE else np.intp(t)
+                segments_tile(phase, i, dy, x, dx, part, point, k, channels, inner, tiles)
         if phase == FUSED or phase == WRITE:
             break
         finish_sums(part, point, grads, ZERO)
@@ -386,9 +400,10 @@ def rows_tile(phase, t, dy, x, dx, centre, part, k, sizes):
 
 
 @kernel
-def backward_rows(dy, x, dx, point, count, grads, frozen, sizes):
+def backward_rows(dy, x, dx, state, eps, count, grads, frozen, overwritten, sizes):
     """Short inner runs. `sizes` is that of `grid`; a frozen backward takes the split one."""
     total, width, channels, inner, blocks, panel, panels, fused = sizes
+    point = points(state, eps, count, overwritten)
     phase = FUSED if fused else FROZEN if frozen else SUMS
     tiles = blocks * panels
     outer = total // (channels * inner)
@@ -410,10 +425,8 @@ def backward_rows(dy, x, dx, point, count, grads, frozen, sizes):
                 last = min(first + panel, channels)
                 fused_strip(first, last, dy, x, dx, point, count, grads, outer, channels * inner, inner)
             else:
-                rows_tile(
-                    phase, tiles - 1 - np.intp(t) if phase == WRITE else np.intp(t), dy, x, dx, centre, part, k_columns,
-                    sizes,
-                )  # fmt: skip
+                i = tiles - 1 - np.intp(t) if phase == WRITE else np.intp(t)
+                rows_tile(phase, i, dy, x, dx, centre, part, k_columns, sizes)
         if phase == FUSED or phase == WRITE:
             break
         fold_columns(part, inner, own)

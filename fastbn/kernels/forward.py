@@ -2,9 +2,9 @@
 
     y = (x - mean) / sqrt(var + eps) * gamma + beta            Ioffe & Szegedy 2015, Algorithm 1
 
-Each kernel has two switches, `measure` (statistics come from x and go to `stats`) and `write` (y is written): both is a
-training forward, the first alone the moments, the second alone inference. `stats` holds the rows mean and m2, with
-var = m2 / count; `params` the rows gamma and beta.
+Each kernel has two switches, `measure` (statistics come from x) and `write` (y is written): both is a training forward,
+the first alone the moments, the second alone inference. `state` holds the rows mean, m2, gamma and beta, with
+var = m2 / count; measuring sets the first two.
 
 Memory traffic: fused tiles read x once and write y once. Split tiles read x twice, the second time from the end, where
 the cache still holds what was read last.
@@ -40,11 +40,11 @@ PIVOT_ROWS = 16  # values of a channel, taken from the first rows, for the same
 
 
 @exact
-def channel_coefficients(stats, params, eps, count, first, coefficients):
+def channel_coefficients(state, eps, count, first, coefficients):
     """`affine` for the channels from `first` on: coefficients (3, channels)."""
     for i in range(coefficients.shape[1]):
         c = first + i
-        affine(stats[0, c], inverse_std(stats[1, c] / count, eps), params[0, c], params[1, c], coefficients, i)
+        affine(state[0, c], inverse_std(state[1, c] / count, eps), state[2, c], state[3, c], coefficients, i)
 
 
 # ------------------------------------------------------------------------------------------------------------ long runs
@@ -60,7 +60,7 @@ def run_pivot(x, i, inner):
 
 
 @exact
-def fused_channels(first, last, x, y, stats, params, eps, count, write, outer, channels, inner, group):
+def fused_channels(first, last, x, y, state, eps, count, write, outer, channels, inner, group):
     """Consecutive channels in groups, pipelined: y of one group is written, from the cache, while the next is summed.
 
     g = first - group    sums of the group at first
@@ -87,16 +87,16 @@ def fused_channels(first, last, x, y, stats, params, eps, count, write, outer, c
         summed = False
         if write and c >= first:
             summed = then == now
-            channel_coefficients(stats, params, eps, count, c, k[:, :now])
+            channel_coefficients(state, eps, count, c, k[:, :now])
             normalize_group_ahead(
                 x, y, c * inner, j if summed else c * inner, outer, stride, inner, up, k, pivots[:now], lanes, part[0]
             )
         if then > 0:
             if not summed:
                 group_sums(x, j, outer, stride, inner, up, pivot, lanes, part[0])
-            if not settle(part, pivot, count, stats, c + group, False):
+            if not settle(part, pivot, count, state, c + group, False):
                 group_sums(x, j, outer, stride, inner, up, pivot, lanes, part[0])
-                settle(part, pivot, count, stats, c + group, True)
+                settle(part, pivot, count, state, c + group, True)
 
 
 @exact
@@ -118,7 +118,7 @@ def segments_tile(phase, t, x, y, part, pivot, coefficients, channels, inner, ti
 
 
 @kernel
-def forward_runs(x, y, stats, params, eps, count, measure, write, sizes):
+def forward_runs(x, y, state, eps, count, measure, write, sizes):
     """Long inner runs. `sizes` is that of `grid`."""
     outer, channels, inner, group, tiles = sizes
     fused = group > 0
@@ -131,25 +131,23 @@ def forward_runs(x, y, stats, params, eps, count, measure, write, sizes):
         for c in range(channels):
             pivot[c] = run_pivot(x, c * inner, inner)
     elif phase == WRITE:
-        channel_coefficients(stats, params, eps, count, ZERO, coefficients)
+        channel_coefficients(state, eps, count, ZERO, coefficients)
     final = False
     while True:
         for t in prange(tiles):
             if phase == FUSED:
                 first = np.intp(t) * groups // tiles * group
                 last = min((np.intp(t) + 1) * groups // tiles * group, channels)
-                fused_channels(first, last, x, y, stats, params, eps, count, write, outer, channels, inner, group)
+                fused_channels(first, last, x, y, state, eps, count, write, outer, channels, inner, group)
             else:
-                segments_tile(
-                    phase, tiles - 1 - np.intp(t) if phase == WRITE and measure else np.intp(t), x, y, part, pivot, coefficients,
-                    channels, inner, tiles,
-                )  # fmt: skip
+                i = tiles - 1 - np.intp(t) if phase == WRITE and measure else np.intp(t)  # the second pass goes back
+                segments_tile(phase, i, x, y, part, pivot, coefficients, channels, inner, tiles)
         if phase != SUMS:
             break
-        if settle(part, pivot, count, stats, ZERO, final):
+        if settle(part, pivot, count, state, ZERO, final):
             if not write:
                 break
-            channel_coefficients(stats, params, eps, count, ZERO, coefficients)
+            channel_coefficients(state, eps, count, ZERO, coefficients)
             phase = WRITE
         final = True
 
@@ -160,23 +158,29 @@ def forward_runs(x, y, stats, params, eps, count, measure, write, sizes):
 @exact
 def spread(per_channel, inner, per_column):
     """Repeat each channel's value for the `inner` columns of the channel, and all of that until the row is full."""
-    j = 0
-    while j < per_column.size:
-        for c in range(per_channel.size):
-            for _ in range(inner):
-                per_column[j] = per_channel[c]
-                j += 1
+    row = per_channel.size * inner
+    for j in range(0, per_column.size, row):
+        if inner == 1:  # a loop of its own, which becomes vectors
+            for c in range(per_channel.size):
+                per_column[j + c] = per_channel[c]
+        else:
+            for c in range(per_channel.size):
+                for i in range(inner):
+                    per_column[j + c * inner + i] = per_channel[c]
 
 
 @exact
 def gather(per_column, inner, per_channel):
-    """Add to each channel's value its columns: the inverse of `spread`. A last row may end anywhere."""
-    j = 0
-    while j < per_column.size:
-        for c in range(per_channel.size):
-            for _ in range(min(inner, per_column.size - j)):
-                per_channel[c] += per_column[j]
-                j += 1
+    """Add to each channel's value its columns: the inverse of `spread`."""
+    row = per_channel.size * inner
+    for j in range(0, per_column.size, row):
+        if inner == 1:
+            for c in range(per_channel.size):
+                per_channel[c] += per_column[j + c]
+        else:
+            for c in range(per_channel.size):
+                for i in range(inner):
+                    per_channel[c] += per_column[j + c * inner + i]
 
 
 @exact
@@ -212,7 +216,7 @@ def row_pivots(x, start, outer, stride, inner, pivot):
 
 
 @exact
-def fused_strip(first, last, x, y, stats, params, eps, count, measure, write, outer, stride, inner):
+def fused_strip(first, last, x, y, state, eps, count, measure, write, outer, stride, inner):
     """All of a few channels: their statistics, and while they are in the cache, their y."""
     start = first * inner
     w = (last - first) * inner
@@ -226,12 +230,12 @@ def fused_strip(first, last, x, y, stats, params, eps, count, measure, write, ou
             spread(pivot, inner, columns)
             block_sums(x, start, outer, stride, columns, part[0, 0], part[0, 1])
             fold_columns(part, inner, own)
-            if settle(own, pivot, count, stats, first, attempt == 1):
+            if settle(own, pivot, count, state, first, attempt == 1):
                 break
     if write:
         k = np.empty((3, last - first), y.dtype)
         by_column = np.empty((3, w), y.dtype)
-        channel_coefficients(stats, params, eps, count, first, k)
+        channel_coefficients(state, eps, count, first, k)
         for i in range(3):
             spread(k[i], inner, by_column[i])
         normalize_rows(x, y, start, outer, stride, by_column[0], by_column[1], by_column[2])
@@ -261,7 +265,7 @@ def rows_tile(phase, t, x, y, pivot, part, k, sizes):
 
 
 @kernel
-def forward_rows(x, y, stats, params, eps, count, measure, write, sizes):
+def forward_rows(x, y, state, eps, count, measure, write, sizes):
     """Short inner runs. `sizes` is that of `grid`."""
     total, width, channels, inner, blocks, panel, panels, fused = sizes
     phase = FUSED if fused else SUMS if measure else WRITE
@@ -280,25 +284,21 @@ def forward_rows(x, y, stats, params, eps, count, measure, write, sizes):
         if phase == SUMS:
             spread(pivot, inner, pivot_columns)
         elif phase == WRITE:
-            channel_coefficients(stats, params, eps, count, ZERO, k)
+            channel_coefficients(state, eps, count, ZERO, k)
             for i in range(3):
                 spread(k[i], inner, k_columns[i])
         for t in prange(tiles):
             if phase == FUSED:
                 first = np.intp(t) * panel
                 last = min(first + panel, channels)
-                fused_strip(
-                    first, last, x, y, stats, params, eps, count, measure, write, outer, channels * inner, inner
-                )
+                fused_strip(first, last, x, y, state, eps, count, measure, write, outer, channels * inner, inner)
             else:
-                rows_tile(
-                    phase, tiles - 1 - np.intp(t) if phase == WRITE and measure else np.intp(t), x, y, pivot_columns, part,
-                    k_columns, sizes,
-                )  # fmt: skip
+                i = tiles - 1 - np.intp(t) if phase == WRITE and measure else np.intp(t)
+                rows_tile(phase, i, x, y, pivot_columns, part, k_columns, sizes)
         if phase != SUMS:
             break
         fold_columns(part, inner, own)
-        if settle(own, pivot, count, stats, ZERO, final):
+        if settle(own, pivot, count, state, ZERO, final):
             if not write:
                 break
             phase = WRITE

@@ -102,7 +102,7 @@ def block_sums(x, i, rows, stride, pivot, s, q):
 
 
 @exact
-def settle(part, pivot, count, stats, first, final):
+def settle(part, pivot, count, state, first, final):
     """Mean and m2 of the channels from `first` on, from partial sums (tiles, 2, channels) added in that order.
 
     Returns True when done. False: some pivots were too far from the mean; they have been replaced, sum again. Pivots
@@ -116,9 +116,9 @@ def settle(part, pivot, count, stats, first, final):
             s += part[t, 0, c]
             q += part[t, 1, c]
         mean = pivot[c] + s / count
-        stats[0, first + c] = mean
+        state[0, first + c] = mean
         m2 = q - s * (s / count)
-        stats[1, first + c] = max(m2, np.float64(0.0)) if m2 == m2 else m2
+        state[1, first + c] = max(m2, np.float64(0.0)) if m2 == m2 else m2
         if not s * (s / count) <= CANCELLED * q and not final:  # also true for NaN
             done = False
             pivot[c] = mean if np.isfinite(mean) else np.float64(0.0)

@@ -59,12 +59,13 @@ def planned_threads(size: int) -> int:
 
 
 def _parallel(kernel: "Kernel", args: tuple[Any, ...]) -> None:
-    import numba
-
     if _layer is None:
         load_tbb()
-    allowed = numba.get_num_threads()
-    wanted = min(allowed, _limit or default_threads())
+    wanted = get_num_threads()
+    allowed = wanted
+    if wanted < _most_threads():  # else Numba's own count, which the user may have lowered, is the limit anyway
+        allowed = _numba().get_num_threads()
+        wanted = min(wanted, allowed)
     if wanted == 1:
         kernel.serial(*args)
         return
@@ -72,11 +73,11 @@ def _parallel(kernel: "Kernel", args: tuple[Any, ...]) -> None:
     _inside.add(thread)
     try:
         if wanted < allowed:
-            numba.set_num_threads(wanted)  # of this thread alone
+            _numba().set_num_threads(wanted)  # of this thread alone
         kernel.parallel(*args)
     finally:
         if wanted < allowed:
-            numba.set_num_threads(allowed)
+            _numba().set_num_threads(allowed)
         _inside.discard(thread)
 
 
@@ -119,9 +120,7 @@ def load_tbb() -> str | None:
 @cache
 def default_threads() -> int:
     """Numba's count (the CPUs of this process's affinity, or NUMBA_NUM_THREADS), capped by the cgroup's CPU quota."""
-    import numba
-
-    threads = int(numba.config.NUMBA_NUM_THREADS)
+    threads = _most_threads()
     if "NUMBA_NUM_THREADS" not in os.environ:
         with contextlib.suppress(OSError, ValueError):
             quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
@@ -184,10 +183,15 @@ def set_num_threads(n: int | None) -> None:
     _limit = n
 
 
-def _most_threads() -> int:
-    import numba
+def _numba() -> Any:
+    import numba  # not before it is needed: it takes most of a second
 
-    return int(numba.config.NUMBA_NUM_THREADS)
+    return numba
+
+
+@cache
+def _most_threads() -> int:
+    return int(_numba().config.NUMBA_NUM_THREADS)
 
 
 def _after_fork() -> None:

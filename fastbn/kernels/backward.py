@@ -21,6 +21,8 @@ from .forward import FUSED, ONE, SUMS, WRITE, ZERO, fold_columns, spread
 from .grid import AHEAD, SEGMENT
 from .lanes import (
     LANES,
+    apart,
+    compact,
     load,
     load64,
     load64_part,
@@ -60,38 +62,44 @@ def run_products(dy, x, low, high, centre):
 
 
 @elementwise
-def block_products(dy, x, i, rows, stride, centre, s, q):
-    """Add to the column sums s and q those of `rows` rows, `stride` elements apart, from element i on; two a sweep."""
-    w = centre.size
-    whole = w // LANES * LANES
+def block_products(dy, x, i, rows, stride, width, centre, p, sums, s, q):
+    """Add to the column sums s and q those of `rows` rows: as the forward's `block_sums`, two rows in one sweep."""
+    compact()
+    whole = width // LANES * LANES
+    rest = width - whole
     swept = rows // 2 * 2
     for r in range(0, swept, 2):
         a = i + r * stride
         b = a + stride
         for j in range(0, whole, LANES):
-            far = ahead(j, w, 2 * stride)
+            far = ahead(j, width, 2 * stride)
             prefetch(x, a + far)
             prefetch(dy, a + far)
             prefetch(x, b + far)
             prefetch(dy, b + far)
-            ga, gb, c = load64(dy, a + j), load64(dy, b + j), load(centre, j)
-            store(s, j, plus(load(s, j), plus(ga, gb)))
-            products = muladd(ga, minus(load64(x, a + j), c), load(q, j))
-            store(q, j, muladd(gb, minus(load64(x, b + j), c), products))
-        for j in range(whole, w):
-            ha, hb = np.float64(dy[a + j]), np.float64(dy[b + j])
-            s[j] += ha + hb
-            q[j] = hb * (x[b + j] - centre[j]) + (ha * (x[a + j] - centre[j]) + q[j])
+            ga, gb, v = load64(dy, a + j), load64(dy, b + j), load(centre, p + j)
+            store(sums, s + j, plus(load(sums, s + j), plus(ga, gb)))
+            products = muladd(ga, minus(load64(x, a + j), v), load(sums, q + j))
+            store(sums, q + j, muladd(gb, minus(load64(x, b + j), v), products))
+        if rest > 0:
+            j = whole
+            ga, gb = load64_part(dy, a + j, rest), load64_part(dy, b + j, rest)
+            v = load_part(centre, p + j, rest)
+            store_part(sums, s + j, rest, plus(load_part(sums, s + j, rest), plus(ga, gb)))
+            products = muladd(ga, minus(load64_part(x, a + j, rest), v), load_part(sums, q + j, rest))
+            store_part(sums, q + j, rest, muladd(gb, minus(load64_part(x, b + j, rest), v), products))
     for r in range(swept, rows):
         a = i + r * stride
         for j in range(0, whole, LANES):
             ga = load64(dy, a + j)
-            store(s, j, plus(load(s, j), ga))
-            store(q, j, muladd(ga, minus(load64(x, a + j), load(centre, j)), load(q, j)))
-        for j in range(whole, w):
-            ha = np.float64(dy[a + j])
-            s[j] += ha
-            q[j] = ha * (x[a + j] - centre[j]) + q[j]
+            store(sums, s + j, plus(load(sums, s + j), ga))
+            store(sums, q + j, muladd(ga, minus(load64(x, a + j), load(centre, p + j)), load(sums, q + j)))
+        if rest > 0:
+            j = whole
+            ga, v = load64_part(dy, a + j, rest), load_part(centre, p + j, rest)
+            store_part(sums, s + j, rest, plus(load_part(sums, s + j, rest), ga))
+            products = muladd(ga, minus(load64_part(x, a + j, rest), v), load_part(sums, q + j, rest))
+            store_part(sums, q + j, rest, products)
 
 
 @elementwise
@@ -111,22 +119,23 @@ def dx_run(dy, x, dx, low, high, scale, weight, slope, centre, shift):
 
 
 @elementwise
-def group_products(dy, x, j, outer, stride, inner, up, centre, lanes, sums):
-    """Set sums (2, channels) to sum(dy) and sum(dy * (x - centre)): see the forward's `group_sums`."""
-    group = centre.size
+def group_products(dy, x, j, outer, stride, inner, up, point, first, group, lanes, sums):
+    """Set `sums` to sum(dy) of `group` channels, then sum(dy * (x - centre)): see the forward's `group_sums`.
+
+    Their centres start at point[first].
+    """
+    apart()
     row, step = group * inner, stride if up else -stride
-    for c in range(group):
-        sums[0, c] = sums[1, c] = 0.0
-        store(lanes, 2 * c * LANES, zeros())
-        store(lanes, (2 * c + 1) * LANES, zeros())
+    for c in range(2 * group):
+        sums[c] = 0.0
+        store(lanes, c * LANES, zeros())
     often = max(1, SEGMENT // inner)
     for m in range(outer):
-        n = m if up else outer - 1 - m
+        b = j + (m if up else outer - 1 - m) * stride
         settled = m % often == often - 1 or m == outer - 1
         for c in range(group):
-            p = centre[c]
+            centre = point[first + c]
             for low in range(c * inner, (c + 1) * inner, SEGMENT):
-                b = j + n * stride
                 ss, qq = load64(lanes, 2 * c * LANES), load64(lanes, (2 * c + 1) * LANES)
                 high = min(low + SEGMENT, (c + 1) * inner)
                 whole = high - (high - low) % LANES
@@ -135,38 +144,39 @@ def group_products(dy, x, j, outer, stride, inner, up, centre, lanes, sums):
                     prefetch(x, far)
                     prefetch(dy, far)
                     g = load64(dy, b + k)
-                    ss, qq = plus(ss, g), muladd(g, minus(load64(x, b + k), p), qq)
+                    ss, qq = plus(ss, g), muladd(g, minus(load64(x, b + k), centre), qq)
                 if whole < high:
                     g = load64_part(dy, b + whole, high - whole)
-                    ss, qq = plus(ss, g), muladd(g, minus(load64_part(x, b + whole, high - whole), p), qq)
+                    ss, qq = plus(ss, g), muladd(g, minus(load64_part(x, b + whole, high - whole), centre), qq)
                 if settled:
-                    sums[0, c] += total(ss)
-                    sums[1, c] += total(qq)
+                    sums[c] += total(ss)
+                    sums[group + c] += total(qq)
                     ss, qq = zeros(), zeros()
                 store(lanes, 2 * c * LANES, ss)
                 store(lanes, (2 * c + 1) * LANES, qq)
 
 
 @elementwise
-def dx_group_ahead(dy, x, dx, i, j, outer, stride, inner, up, k5, centre_ahead, lanes, sums):
+def dx_group_ahead(dy, x, dx, i, j, outer, stride, inner, up, k5, point, first, group, lanes, sums):
     """Write dx of the channels that start at i and, in the same loop, take `group_products` of those at j.
 
-    k5 (5, channels) are the coefficients of `dx_coefficients`.
+    k5 are the coefficients of the former by `dx_coefficients`, the centres of the latter start at point[first].
     """
-    group = centre_ahead.size
+    apart()
     row, step = group * inner, stride if up else -stride
-    for c in range(group):
-        sums[0, c] = sums[1, c] = 0.0
-        store(lanes, 2 * c * LANES, zeros())
-        store(lanes, (2 * c + 1) * LANES, zeros())
+    for c in range(2 * group):
+        sums[c] = 0.0
+        store(lanes, c * LANES, zeros())
     often = max(1, SEGMENT // inner)
     for m in range(outer):
         n = m if up else outer - 1 - m
+        a, b = i + n * stride, j + n * stride
         settled = m % often == often - 1 or m == outer - 1
         for c in range(group):
-            p, scale, weight, slope, centre, shift = centre_ahead[c], k5[0, c], k5[1, c], k5[2, c], k5[3, c], k5[4, c]
+            ahead_centre = point[first + c]
+            scale, weight, slope = k5[c], k5[group + c], k5[2 * group + c]
+            centre, shift = k5[3 * group + c], k5[4 * group + c]
             for low in range(c * inner, (c + 1) * inner, SEGMENT):
-                a, b = i + n * stride, j + n * stride
                 ss, qq = load64(lanes, 2 * c * LANES), load64(lanes, (2 * c + 1) * LANES)
                 high = min(low + SEGMENT, (c + 1) * inner)
                 whole = high - (high - low) % LANES
@@ -176,41 +186,49 @@ def dx_group_ahead(dy, x, dx, i, j, outer, stride, inner, up, k5, centre_ahead, 
                     prefetch(dy, b + far)
                     prefetch(dx, a + far)
                     g = load64(dy, b + k)
-                    ss, qq = plus(ss, g), muladd(g, minus(load64(x, b + k), p), qq)
+                    ss, qq = plus(ss, g), muladd(g, minus(load64(x, b + k), ahead_centre), qq)
                     xhat = times(minus(load(x, a + k), centre), slope)
                     store(dx, a + k, muladd(load(dy, a + k), scale, muladd(xhat, weight, shift)))
                 if whole < high:
                     rest = high - whole
                     g = load64_part(dy, b + whole, rest)
-                    ss, qq = plus(ss, g), muladd(g, minus(load64_part(x, b + whole, rest), p), qq)
+                    ss, qq = plus(ss, g), muladd(g, minus(load64_part(x, b + whole, rest), ahead_centre), qq)
                     xhat = times(minus(load_part(x, a + whole, rest), centre), slope)
                     new = muladd(load_part(dy, a + whole, rest), scale, muladd(xhat, weight, shift))
                     store_part(dx, a + whole, rest, new)
                 if settled:
-                    sums[0, c] += total(ss)
-                    sums[1, c] += total(qq)
+                    sums[c] += total(ss)
+                    sums[group + c] += total(qq)
                     ss, qq = zeros(), zeros()
                 store(lanes, 2 * c * LANES, ss)
                 store(lanes, (2 * c + 1) * LANES, qq)
 
 
 @elementwise
-def dx_rows(dy, x, dx, i, rows, stride, scale, weight, slope, centre, shift):
-    """`dx_run` for `rows` rows, `stride` elements apart, from element i on, with coefficients per column."""
-    w = centre.size
-    whole = w // LANES * LANES
+def dx_rows(dy, x, dx, i, rows, stride, width, k, scale, weight, slope, centre, shift):
+    """`dx_run` for `rows` rows of `width` columns, `stride` elements apart, from element i on.
+
+    The coefficients of the columns start at k[scale], k[weight] ...
+    """
+    compact()
+    whole = width // LANES * LANES
+    rest = width - whole
     for r in range(rows):
         a = i + r * stride
         for j in range(0, whole, LANES):
-            far = a + ahead(j, w, stride)
+            far = a + ahead(j, width, stride)
             prefetch(x, far)
             prefetch(dy, far)
             prefetch(dx, far)
-            xhat = times(minus(load(x, a + j), load(centre, j)), load(slope, j))
-            store(dx, a + j, muladd(load(dy, a + j), load(scale, j), muladd(xhat, load(weight, j), load(shift, j))))
-        for j in range(whole, w):
-            xhat_j = (x[a + j] - centre[j]) * slope[j]
-            dx[a + j] = scale[j] * dy[a + j] + (weight[j] * xhat_j + shift[j])
+            xhat = times(minus(load(x, a + j), load(k, centre + j)), load(k, slope + j))
+            rows_shift = muladd(xhat, load(k, weight + j), load(k, shift + j))
+            store(dx, a + j, muladd(load(dy, a + j), load(k, scale + j), rows_shift))
+        if rest > 0:
+            j = whole
+            xhat = minus(load_part(x, a + j, rest), load_part(k, centre + j, rest))
+            xhat = times(xhat, load_part(k, slope + j, rest))
+            rows_shift = muladd(xhat, load_part(k, weight + j, rest), load_part(k, shift + j, rest))
+            store_part(dx, a + j, rest, muladd(load_part(dy, a + j, rest), load_part(k, scale + j, rest), rows_shift))
 
 
 # ------------------------------------------------------------------------------------------------ parts of both kernels
@@ -218,51 +236,58 @@ def dx_rows(dy, x, dx, i, rows, stride, scale, weight, slope, centre, shift):
 
 @exact
 def points(state, eps, count, overwritten):
-    """The rows centre, slope, scale of each channel: xhat = (x - centre) * slope, scale = gamma * invstd.
+    """The centres, slopes and scales of all channels: xhat = (x - centre) * slope, scale = gamma * invstd.
 
     Where x was overwritten by y, xhat is recovered from that: xhat = (y - beta) / gamma.
     """
-    point = np.empty((3, state.shape[1]))
-    for c in range(state.shape[1]):
+    compact()
+    channels = state.shape[1]
+    point = np.empty(3 * channels)
+    for c in range(channels):
         invstd = inverse_std(state[1, c] / count, eps)
-        point[0, c] = state[3, c] if overwritten else state[0, c]
-        point[1, c] = 1.0 / state[2, c] if overwritten else invstd
-        point[2, c] = state[2, c] * invstd
+        point[c] = state[3, c] if overwritten else state[0, c]
+        point[channels + c] = 1.0 / state[2, c] if overwritten else invstd
+        point[2 * channels + c] = state[2, c] * invstd
     return point
 
 
 @exact
-def finish_sums(part, point, grads, first):
-    """dgamma and dbeta of the channels from `first` on, from partial sums (tiles, 2, channels) added in that order."""
-    for c in range(part.shape[2]):
+def finish_sums(part, tiles, point, grads, first, number):
+    """dgamma and dbeta of `number` channels from `first` on, from partial sums as in `settle`."""
+    compact()
+    channels = grads.shape[1]
+    for c in range(number):
         s = np.float64(0.0)
         q = np.float64(0.0)
-        for t in range(part.shape[0]):
-            s += part[t, 0, c]
-            q += part[t, 1, c]
-        grads[0, first + c] = q * point[1, first + c]
+        for t in range(tiles):
+            s += part[2 * t * number + c]
+            q += part[(2 * t + 1) * number + c]
+        grads[0, first + c] = q * point[channels + first + c]
         grads[1, first + c] = s
 
 
 @exact
-def dx_coefficients(point, grads, count, first, k, frozen):
-    """k (5, channels) = scale, weight, slope, centre, shift, in dx's dtype.
+def dx_coefficients(point, grads, count, first, number, k, frozen):
+    """k = `number` scales, weights, slopes, centres and shifts, in dx's dtype, of the channels from `first` on.
 
     dx = scale * dy + weight * xhat + shift with xhat = (x - centre) * slope; xhat on its own, because slope * weight
     leaves the range of float32 long before dx does. As in `affine`, what rounding the centre loses goes into shift.
     Frozen: all but scale are 0.
     """
-    for i in range(k.shape[1]):
+    compact()
+    channels = grads.shape[1]
+    for i in range(number):
         c = first + i
-        k[0, i] = point[2, c]
+        centre, slope, scale = point[c], point[channels + c], point[2 * channels + c]
+        k[i] = scale
         for row in range(1, 5):
-            k[row, i] = 0.0
+            k[row * number + i] = 0.0
         if not frozen:
-            weight = -point[2, c] * (grads[0, c] / count)
-            k[1, i] = weight
-            k[2, i] = point[1, c]
-            k[3, i] = point[0, c]
-            k[4, i] = weight * (point[1, c] * (k[3, i] - point[0, c])) - point[2, c] * (grads[1, c] / count)
+            weight = -scale * (grads[0, c] / count)
+            k[number + i] = weight
+            k[2 * number + i] = slope
+            k[3 * number + i] = centre
+            k[4 * number + i] = weight * (slope * (k[3 * number + i] - centre)) - scale * (grads[1, c] / count)
 
 
 # ------------------------------------------------------------------------------------------------------------ long runs
@@ -271,60 +296,63 @@ def dx_coefficients(point, grads, count, first, k, frozen):
 @exact
 def fused_channels(first, last, dy, x, dx, point, count, grads, outer, channels, inner, group):
     """Consecutive channels in groups, pipelined as in the forward: dx of one is written while the next is summed."""
+    compact()
     stride = channels * inner
     lanes = np.empty(2 * group * LANES)
-    part = np.empty((1, 2, group))
-    k = np.empty((5, group), dx.dtype)
+    sums = np.empty(2 * group)
+    k = np.empty(5 * group, dx.dtype)
     for c in range(first - group, last, group):
         now, then = min(group, last - c), min(group, last - c - group)
         up = (c // group) % 2 != 0
-        j = (c + group) * inner
         summed = False
         if c >= first:
-            finish_sums(part[:, :, :now], point, grads, c)
-            dx_coefficients(point, grads, count, c, k[:, :now], False)
+            finish_sums(sums, ONE, point, grads, c, now)
+            dx_coefficients(point, grads, count, c, now, k, False)
             summed = then == now  # else the group is summed once more, in vain: the same loop writes it
-            ahead_of = c + group if summed else c
-            dx_group_ahead(
-                dy, x, dx, c * inner, ahead_of * inner, outer, stride, inner, up, k,
-                point[0, ahead_of : ahead_of + now], lanes, part[0],
-            )  # fmt: skip
+            n = c + group if summed else c
+            i, j = c * inner, n * inner
+            dx_group_ahead(dy, x, dx, i, j, outer, stride, inner, up, k, point, n, now, lanes, sums)
         if then > 0 and not summed:
-            group_products(dy, x, j, outer, stride, inner, up, point[0, c + group : c + group + then], lanes, part[0])
+            n = c + group
+            group_products(dy, x, n * inner, outer, stride, inner, up, point, n, then, lanes, sums)
 
 
 @exact
 def segments_tile(phase, t, dy, x, dx, part, point, k, channels, inner, tiles):
     """A few consecutive segments of runs: their partial sums, their dx, or both."""
+    apart()
     per_run = -(-inner // SEGMENT)
     segments = dy.size // inner * per_run
     for i in range(t * segments // tiles, (t + 1) * segments // tiles):
-        run, j = i // per_run, i % per_run
+        run, piece = i // per_run, i % per_run
         n, c = run // channels, run % channels
-        low = run * inner + j * SEGMENT
+        low = run * inner + piece * SEGMENT
         high = min(low + SEGMENT, (run + 1) * inner)
+        scale, weight, slope = k[c], k[channels + c], k[2 * channels + c]
+        centre, shift = k[3 * channels + c], k[4 * channels + c]
         if phase != WRITE:
-            s, q = run_products(dy, x, low, high, point[0, c])
-            part[n * per_run + j, 0, c] = s
-            part[n * per_run + j, 1, c] = q
+            s, q = run_products(dy, x, low, high, point[c])
+            own = 2 * (n * per_run + piece) * channels + c
+            part[own] = s
+            part[own + channels] = q
         if phase == FROZEN:
-            normalize_run(dy, dx, low, high, k[3, c], k[0, c], k[4, c])  # centre and shift are 0
+            normalize_run(dy, dx, low, high, centre, scale, shift)  # centre and shift are 0
         elif phase == WRITE:
-            dx_run(dy, x, dx, low, high, k[0, c], k[1, c], k[2, c], k[3, c], k[4, c])
+            dx_run(dy, x, dx, low, high, scale, weight, slope, centre, shift)
 
 
 @kernel
 def backward_runs(dy, x, dx, state, eps, count, grads, frozen, overwritten, sizes):
     """Long inner runs. `sizes` is that of `grid`; a frozen backward takes the split one."""
     outer, channels, inner, group, tiles = sizes
+    groups = -(-channels // group) if group > 0 else 0
+    phase = FUSED if group > 0 else FROZEN if frozen else SUMS
+    pieces = outer * -(-inner // SEGMENT)
     point = points(state, eps, count, overwritten)
-    fused = group > 0
-    groups = -(-channels // group) if fused else 0
-    phase = FUSED if fused else FROZEN if frozen else SUMS
-    part = np.empty((0 if fused else outer * -(-inner // SEGMENT), 2, channels))
-    k = np.empty((5, channels), dx.dtype)
+    part = np.empty(0 if phase == FUSED else pieces * 2 * channels)
+    k = np.empty(0 if phase == FUSED else 5 * channels, dx.dtype)
     if phase == FROZEN:
-        dx_coefficients(point, grads, count, ZERO, k, True)
+        dx_coefficients(point, grads, count, ZERO, channels, k, frozen)
     while True:
         for t in prange(tiles):
             if phase == FUSED:
@@ -332,14 +360,14 @@ def backward_runs(dy, x, dx, state, eps, count, grads, frozen, overwritten, size
                 last = min((np.intp(t) + 1) * groups // tiles * group, channels)
                 fused_channels(first, last, dy, x, dx, point, count, grads, outer, channels, inner, group)
             else:
-                i = tiles - 1 - np.intp(t) if phase == WRITE else np.intp(t)
+                i = tiles - 1 - np.intp(t) if phase == WRITE else np.intp(t)  # the second pass goes back
                 segments_tile(phase, i, dy, x, dx, part, point, k, channels, inner, tiles)
         if phase == FUSED or phase == WRITE:
             break
-        finish_sums(part, point, grads, ZERO)
+        finish_sums(part, pieces, point, grads, ZERO, channels)
         if phase == FROZEN:
             break
-        dx_coefficients(point, grads, count, ZERO, k, False)
+        dx_coefficients(point, grads, count, ZERO, channels, k, frozen)
         phase = WRITE
 
 
@@ -349,88 +377,81 @@ def backward_runs(dy, x, dx, state, eps, count, grads, frozen, overwritten, size
 @exact
 def fused_strip(first, last, dy, x, dx, point, count, grads, outer, stride, inner):
     """All of a few channels: their sums, and while dy and x are in the cache, their dx."""
-    start = first * inner
-    w = (last - first) * inner
-    own = np.empty((1, 2, last - first))
-    centre = np.empty(w)
-    part = np.zeros((1, 2, w))
-    k = np.empty((5, last - first), dx.dtype)
-    by_column = np.empty((5, w), dx.dtype)
-    spread(point[0, first:last], inner, centre)
-    block_products(dy, x, start, outer, stride, centre, part[0, 0], part[0, 1])
-    fold_columns(part, inner, own)
-    finish_sums(own, point, grads, first)
-    dx_coefficients(point, grads, count, first, k, False)
+    compact()
+    start, number = first * inner, last - first
+    width = number * inner
+    sums = np.empty(2 * number)
+    columns = np.empty(width)
+    part = np.zeros(2 * width)
+    k = np.empty(5 * number, dx.dtype)
+    k_columns = np.empty(5 * width, dx.dtype)
+    spread(point, first, number, inner, columns, ZERO, width)
+    block_products(dy, x, start, outer, stride, width, columns, ZERO, part, ZERO, width)
+    fold_columns(part, ONE, width, number, inner, sums)
+    finish_sums(sums, ONE, point, grads, first, number)
+    dx_coefficients(point, grads, count, first, number, k, False)
     for i in range(5):
-        spread(k[i], inner, by_column[i])
-    dx_rows(dy, x, dx, start, outer, stride, by_column[0], by_column[1], by_column[2], by_column[3], by_column[4])
+        spread(k, i * number, number, inner, k_columns, i * width, width)
+    dx_rows(dy, x, dx, start, outer, stride, width, k_columns, ZERO, width, 2 * width, 3 * width, 4 * width)
 
 
 @exact
-def block_dx(dy, x, dx, start, rows, stride, frozen, low, high, k):
-    """dx of the columns from `low` to `high` of some rows; `k` (5) is by column."""
-    scale, weight, slope, centre, shift = k[0, low:high], k[1, low:high], k[2, low:high], k[3, low:high], k[4, low:high]
-    if frozen:  # centre and shift are 0
-        normalize_rows(dy, dx, start, rows, stride, centre, scale, shift)
-    else:
-        dx_rows(dy, x, dx, start, rows, stride, scale, weight, slope, centre, shift)
-
-
-@exact
-def rows_tile(phase, t, dy, x, dx, centre, part, k, sizes):
-    """A block of rows of a strip: its column sums, its dx, or both. `centre` and `k` (5) are by column."""
+def rows_tile(phase, t, dy, x, dx, centres, part, k, sizes):
+    """A block of rows of a strip: its column sums, its dx, or both. `centres` and `k` are by column."""
+    compact()
     total, width, _, inner, blocks, panel, panels, _ = sizes
     b, p = t // panels, t % panels
     low = p * panel * inner
     high = width if p == panels - 1 else low + panel * inner
     full = total // width
-    row = b * full // blocks
-    rows = (b + 1) * full // blocks - row
-    rest = total - full * width if b == blocks - 1 else 0  # elements of a last row that is not full
-    start = row * width + low
-    end = start + rows * width
-    if phase != WRITE:
-        block_products(dy, x, start, rows, width, centre[low:high], part[b, 0, low:high], part[b, 1, low:high])
-        if rest > 0:
-            block_products(dy, x, end, ONE, width, centre[:rest], part[b, 0, :rest], part[b, 1, :rest])
-    if phase != SUMS:
-        block_dx(dy, x, dx, start, rows, width, phase == FROZEN, low, high, k)
-        if rest > 0:
-            block_dx(dy, x, dx, end, ONE, width, phase == FROZEN, ZERO, rest, k)
+    row, end = b * full // blocks, (b + 1) * full // blocks
+    scale, weight, slope, centre, shift = low, width + low, 2 * width + low, 3 * width + low, 4 * width + low
+    for last in range(2):
+        i = end * width if last else row * width + low
+        rows = (1 if b == blocks - 1 else 0) if last else end - row
+        columns = total - full * width if last else high - low  # the last row may not be full: then it is one strip
+        if rows * columns > 0:
+            if phase != WRITE:
+                own = 2 * b * width + low
+                block_products(dy, x, i, rows, width, columns, centres, low, part, own, own + width)
+            if phase == FROZEN:  # centre and shift are 0
+                normalize_rows(dy, dx, i, rows, width, columns, k, centre, scale, shift)
+            elif phase == WRITE:
+                dx_rows(dy, x, dx, i, rows, width, columns, k, scale, weight, slope, centre, shift)
 
 
 @kernel
 def backward_rows(dy, x, dx, state, eps, count, grads, frozen, overwritten, sizes):
     """Short inner runs. `sizes` is that of `grid`; a frozen backward takes the split one."""
     total, width, channels, inner, blocks, panel, panels, fused = sizes
-    point = points(state, eps, count, overwritten)
     phase = FUSED if fused else FROZEN if frozen else SUMS
     tiles = blocks * panels
     outer = total // (channels * inner)
-    own = np.empty((1, 2, channels))
-    part = np.zeros((0 if fused else blocks, 2, width))
-    centre = np.empty(0 if fused else width)
-    k = np.empty((5, 0 if fused else channels), dx.dtype)
-    k_columns = np.empty((5, 0 if fused else width), dx.dtype)
+    point = points(state, eps, count, overwritten)
+    sums = np.empty(0 if fused else 2 * channels)
+    part = np.zeros(0 if fused else 2 * blocks * width)
+    columns = np.empty(0 if fused else width)
+    k = np.empty(0 if fused else 5 * channels, dx.dtype)
+    k_columns = np.empty(0 if fused else 5 * width, dx.dtype)
     if not fused:
-        spread(point[0], inner, centre)
+        spread(point, ZERO, channels, inner, columns, ZERO, width)
     while True:
         if phase == WRITE or phase == FROZEN:
-            dx_coefficients(point, grads, count, ZERO, k, phase == FROZEN)
+            dx_coefficients(point, grads, count, ZERO, channels, k, frozen)
             for i in range(5):
-                spread(k[i], inner, k_columns[i])
+                spread(k, i * channels, channels, inner, k_columns, i * width, width)
         for t in prange(tiles):
             if phase == FUSED:
                 first = np.intp(t) * panel
                 last = min(first + panel, channels)
                 fused_strip(first, last, dy, x, dx, point, count, grads, outer, channels * inner, inner)
             else:
-                i = tiles - 1 - np.intp(t) if phase == WRITE else np.intp(t)
-                rows_tile(phase, i, dy, x, dx, centre, part, k_columns, sizes)
+                i = tiles - 1 - np.intp(t) if phase == WRITE else np.intp(t)  # the second pass goes back
+                rows_tile(phase, i, dy, x, dx, columns, part, k_columns, sizes)
         if phase == FUSED or phase == WRITE:
             break
-        fold_columns(part, inner, own)
-        finish_sums(own, point, grads, ZERO)
+        fold_columns(part, blocks, width, channels, inner, sums)
+        finish_sums(sums, ONE, point, grads, ZERO, channels)
         if phase == FROZEN:
             break
         phase = WRITE

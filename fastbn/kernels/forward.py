@@ -14,12 +14,11 @@ import numpy as np
 
 from .._jit import exact, kernel, prange
 from .grid import SEGMENT
-from .lanes import LANES
+from .lanes import LANES, apart, compact, load, plus, store
 from .leaves import (
     affine,
     block_sums,
     group_sums,
-    inverse_std,
     normalize_group_ahead,
     normalize_rows,
     normalize_run,
@@ -36,23 +35,13 @@ PIVOT_RUN = 256  # elements of a long run whose mean is the pivot
 PIVOT_ROWS = 16  # values of a channel, taken from the first rows, for the same
 
 
-# ------------------------------------------------------------------------------------------------ parts of both kernels
-
-
-@exact
-def channel_coefficients(state, eps, count, first, coefficients):
-    """`affine` for the channels from `first` on: coefficients (3, channels)."""
-    for i in range(coefficients.shape[1]):
-        c = first + i
-        affine(state[0, c], inverse_std(state[1, c] / count, eps), state[2, c], state[3, c], coefficients, i)
-
-
 # ------------------------------------------------------------------------------------------------------------ long runs
 
 
 @exact
 def run_pivot(x, i, inner):
     """The mean of the first values of a run, accurate for any offset: one value plus the mean distance from it."""
+    compact()
     first = np.float64(x[i])
     size = min(PIVOT_RUN, inner)
     s, _ = run_sums(x, i, i + size, first)
@@ -72,66 +61,65 @@ def fused_channels(first, last, x, y, state, eps, count, write, outer, channels,
     sums of the next group alone. Steps go up and down through the samples in turn: what was summed last, and is most
     surely in the cache, is normalized first.
     """
+    compact()
     stride = channels * inner
     lanes = np.empty(2 * group * LANES)
-    part = np.empty((1, 2, group))
-    pivots = np.empty(group)
-    k = np.empty((3, group), y.dtype)
+    sums = np.empty(2 * group)
+    pivot = np.empty(group)
+    k = np.empty(3 * group, y.dtype)
     for c in range(first - group, last, group):
         now, then = min(group, last - c), min(group, last - c - group)
         up = (c // group) % 2 != 0
-        j = (c + group) * inner
-        pivot = pivots[:then]
-        for i in range(then):
-            pivot[i] = run_pivot(x, j + i * inner, inner)
+        i, j = c * inner, (c + group) * inner
+        for n in range(then):
+            pivot[n] = run_pivot(x, j + n * inner, inner)
         summed = False
         if write and c >= first:
             summed = then == now
-            channel_coefficients(state, eps, count, c, k[:, :now])
-            normalize_group_ahead(
-                x, y, c * inner, j if summed else c * inner, outer, stride, inner, up, k, pivots[:now], lanes, part[0]
-            )
-        if then > 0:
-            if not summed:
-                group_sums(x, j, outer, stride, inner, up, pivot, lanes, part[0])
-            if not settle(part, pivot, count, state, c + group, False):
-                group_sums(x, j, outer, stride, inner, up, pivot, lanes, part[0])
-                settle(part, pivot, count, state, c + group, True)
+            affine(state, eps, count, c, now, k)
+            normalize_group_ahead(x, y, i, j if summed else i, outer, stride, inner, up, k, pivot, now, lanes, sums)
+        for attempt in range(2 if then > 0 else 0):
+            if attempt == 1 or not summed:
+                group_sums(x, j, outer, stride, inner, up, pivot, then, lanes, sums)
+            if settle(sums, ONE, then, pivot, then, count, state, c + group, attempt == 1):
+                break
 
 
 @exact
-def segments_tile(phase, t, x, y, part, pivot, coefficients, channels, inner, tiles):
+def segments_tile(phase, t, x, y, part, pivot, k, channels, inner, tiles):
     """A few consecutive segments of runs: their partial sums, or their y."""
+    apart()
     per_run = -(-inner // SEGMENT)
     segments = x.size // inner * per_run
     for i in range(t * segments // tiles, (t + 1) * segments // tiles):
-        run, k = i // per_run, i % per_run
+        run, piece = i // per_run, i % per_run
         n, c = run // channels, run % channels
-        low = run * inner + k * SEGMENT
+        low = run * inner + piece * SEGMENT
         high = min(low + SEGMENT, (run + 1) * inner)
         if phase == SUMS:
             s, q = run_sums(x, low, high, pivot[c])
-            part[n * per_run + k, 0, c] = s
-            part[n * per_run + k, 1, c] = q
+            own = 2 * (n * per_run + piece) * channels + c
+            part[own] = s
+            part[own + channels] = q
         else:
-            normalize_run(x, y, low, high, coefficients[0, c], coefficients[1, c], coefficients[2, c])
+            normalize_run(x, y, low, high, k[c], k[channels + c], k[2 * channels + c])
 
 
 @kernel
 def forward_runs(x, y, state, eps, count, measure, write, sizes):
     """Long inner runs. `sizes` is that of `grid`."""
     outer, channels, inner, group, tiles = sizes
-    fused = group > 0
-    groups = -(-channels // group) if fused else 0
-    phase = FUSED if fused else SUMS if measure else WRITE
+    groups = -(-channels // group) if group > 0 else 0
+    phase = FUSED if group > 0 else SUMS if measure else WRITE
+    pieces = outer * -(-inner // SEGMENT)
     pivot = np.empty(channels if phase == SUMS else 0)
-    part = np.empty((outer * -(-inner // SEGMENT) if phase == SUMS else 0, 2, channels))
-    coefficients = np.empty((3, 0 if phase == FUSED else channels), y.dtype)
+    part = np.empty(pieces * 2 * channels if phase == SUMS else 0)
+    k = np.empty(0 if phase == FUSED else 3 * channels, y.dtype)
     if phase == SUMS:
         for c in range(channels):
             pivot[c] = run_pivot(x, c * inner, inner)
     elif phase == WRITE:
-        channel_coefficients(state, eps, count, ZERO, coefficients)
+        affine(state, eps, count, ZERO, channels, k)
     final = False
     while True:
         for t in prange(tiles):
@@ -141,13 +129,13 @@ def forward_runs(x, y, state, eps, count, measure, write, sizes):
                 fused_channels(first, last, x, y, state, eps, count, write, outer, channels, inner, group)
             else:
                 i = tiles - 1 - np.intp(t) if phase == WRITE and measure else np.intp(t)  # the second pass goes back
-                segments_tile(phase, i, x, y, part, pivot, coefficients, channels, inner, tiles)
+                segments_tile(phase, i, x, y, part, pivot, k, channels, inner, tiles)
         if phase != SUMS:
             break
-        if settle(part, pivot, count, state, ZERO, final):
+        if settle(part, pieces, channels, pivot, channels, count, state, ZERO, final):
             if not write:
                 break
-            channel_coefficients(state, eps, count, ZERO, coefficients)
+            affine(state, eps, count, ZERO, channels, k)
             phase = WRITE
         final = True
 
@@ -156,112 +144,108 @@ def forward_runs(x, y, state, eps, count, measure, write, sizes):
 
 
 @exact
-def spread(per_channel, inner, per_column):
-    """Repeat each channel's value for the `inner` columns of the channel, and all of that until the row is full."""
-    row = per_channel.size * inner
-    for j in range(0, per_column.size, row):
+def spread(values, v, number, inner, columns, first, width):
+    """Set `width` columns from `first` on: the `number` values from v on, each `inner` times, and so on until full."""
+    compact()
+    for j in range(first, first + width, number * inner):
         if inner == 1:  # a loop of its own, which becomes vectors
-            for c in range(per_channel.size):
-                per_column[j + c] = per_channel[c]
+            for c in range(number):
+                columns[j + c] = values[v + c]
         else:
-            for c in range(per_channel.size):
+            for c in range(number):
                 for i in range(inner):
-                    per_column[j + c * inner + i] = per_channel[c]
+                    columns[j + c * inner + i] = values[v + c]
 
 
 @exact
-def gather(per_column, inner, per_channel):
-    """Add to each channel's value its columns: the inverse of `spread`."""
-    row = per_channel.size * inner
-    for j in range(0, per_column.size, row):
-        if inner == 1:
-            for c in range(per_channel.size):
-                per_channel[c] += per_column[j + c]
-        else:
-            for c in range(per_channel.size):
-                for i in range(inner):
-                    per_channel[c] += per_column[j + c * inner + i]
+def fold_columns(part, blocks, width, number, inner, sums):
+    """Set `sums` to s of each channel, then q: those of the columns of all blocks, added in that order.
 
-
-@exact
-def fold_columns(part, inner, own):
-    """Add up the tiles' column sums part (tiles, 2, columns), in that order, and set own (1, 2, channels) to them."""
-    column = np.empty(part.shape[2])
+    The inverse of `spread`. part holds rows of `width`: s of the first block, its q, s of the second block ...; the
+    first two are overwritten.
+    """
+    compact()
+    whole = 2 * width // LANES * LANES
+    for b in range(2 * width, 2 * blocks * width, 2 * width):
+        for j in range(0, whole, LANES):
+            store(part, j, plus(load(part, j), load(part, b + j)))
+        for j in range(whole, 2 * width):
+            part[j] += part[b + j]
+    for c in range(2 * number):
+        sums[c] = 0.0
     for i in range(2):
-        for j in range(column.size):
-            column[j] = 0.0
-        for t in range(part.shape[0]):
-            for j in range(column.size):
-                column[j] += part[t, i, j]
-        for c in range(own.shape[2]):
-            own[0, i, c] = 0.0
-        gather(column, inner, own[0, i])
+        for j in range(i * width, (i + 1) * width, number * inner):
+            for c in range(number):
+                for n in range(inner):
+                    sums[i * number + c] += part[j + c * inner + n]
 
 
 @exact
-def row_pivots(x, start, outer, stride, inner, pivot):
-    """The pivot of each channel of a strip: its mean over the first rows."""
+def row_pivots(x, start, outer, stride, number, inner, pivot):
+    """The pivots of `number` channels: their means over the first rows, accurate for any offset."""
+    compact()
     rows = min(outer, -(-PIVOT_ROWS // inner))
-    first = np.empty(pivot.size)
-    own = np.empty((1, 2, pivot.size))
-    columns = np.empty(pivot.size * inner)
-    part = np.zeros((1, 2, columns.size))
-    for c in range(pivot.size):
-        first[c] = x[start + c * inner]
-    spread(first, inner, columns)
-    block_sums(x, start, rows, stride, columns, part[0, 0], part[0, 1])
-    fold_columns(part, inner, own)
-    for c in range(pivot.size):
-        pivot[c] = first[c] + own[0, 0, c] / (rows * inner)
+    width = number * inner
+    columns = np.empty(width)
+    part = np.zeros(2 * width)
+    sums = np.empty(2 * number)
+    for c in range(number):
+        pivot[c] = x[start + c * inner]
+    spread(pivot, ZERO, number, inner, columns, ZERO, width)
+    block_sums(x, start, rows, stride, width, columns, ZERO, part, ZERO, width)
+    fold_columns(part, ONE, width, number, inner, sums)
+    for c in range(number):
+        pivot[c] += sums[c] / (rows * inner)
 
 
 @exact
 def fused_strip(first, last, x, y, state, eps, count, measure, write, outer, stride, inner):
     """All of a few channels: their statistics, and while they are in the cache, their y."""
-    start = first * inner
-    w = (last - first) * inner
+    compact()
+    start, number = first * inner, last - first
+    width = number * inner
     if measure:
-        pivot = np.empty(last - first)
-        own = np.empty((1, 2, last - first))
-        columns = np.empty(w)
-        row_pivots(x, start, outer, stride, inner, pivot)
+        pivot = np.empty(number)
+        columns = np.empty(width)
+        sums = np.empty(2 * number)
+        part = np.empty(2 * width)
+        row_pivots(x, start, outer, stride, number, inner, pivot)
         for attempt in range(2):
-            part = np.zeros((1, 2, w))
-            spread(pivot, inner, columns)
-            block_sums(x, start, outer, stride, columns, part[0, 0], part[0, 1])
-            fold_columns(part, inner, own)
-            if settle(own, pivot, count, state, first, attempt == 1):
+            for j in range(2 * width):
+                part[j] = 0.0
+            spread(pivot, ZERO, number, inner, columns, ZERO, width)
+            block_sums(x, start, outer, stride, width, columns, ZERO, part, ZERO, width)
+            fold_columns(part, ONE, width, number, inner, sums)
+            if settle(sums, ONE, number, pivot, number, count, state, first, attempt == 1):
                 break
     if write:
-        k = np.empty((3, last - first), y.dtype)
-        by_column = np.empty((3, w), y.dtype)
-        channel_coefficients(state, eps, count, first, k)
+        k = np.empty(3 * number, y.dtype)
+        k_columns = np.empty(3 * width, y.dtype)
+        affine(state, eps, count, first, number, k)
         for i in range(3):
-            spread(k[i], inner, by_column[i])
-        normalize_rows(x, y, start, outer, stride, by_column[0], by_column[1], by_column[2])
+            spread(k, i * number, number, inner, k_columns, i * width, width)
+        normalize_rows(x, y, start, outer, stride, width, k_columns, ZERO, width, 2 * width)
 
 
 @exact
 def rows_tile(phase, t, x, y, pivot, part, k, sizes):
-    """A block of rows of a strip: its column sums, or its y. `pivot` and `k` (3) are by column."""
+    """A block of rows of a strip: its column sums, or its y. `pivot` and `k` are by column."""
+    compact()
     total, width, _, inner, blocks, panel, panels, _ = sizes
     b, p = t // panels, t % panels
     low = p * panel * inner
     high = width if p == panels - 1 else low + panel * inner
     full = total // width
-    row = b * full // blocks
-    rows = (b + 1) * full // blocks - row
-    rest = total - full * width if b == blocks - 1 else 0  # elements of a last row that is not full
-    start = row * width + low
-    end = start + rows * width
-    if phase == SUMS:
-        block_sums(x, start, rows, width, pivot[low:high], part[b, 0, low:high], part[b, 1, low:high])
-        if rest > 0:
-            block_sums(x, end, ONE, width, pivot[:rest], part[b, 0, :rest], part[b, 1, :rest])
-    else:
-        normalize_rows(x, y, start, rows, width, k[0, low:high], k[1, low:high], k[2, low:high])
-        if rest > 0:
-            normalize_rows(x, y, end, ONE, width, k[0, :rest], k[1, :rest], k[2, :rest])
+    row, end = b * full // blocks, (b + 1) * full // blocks
+    for last in range(2):
+        i = end * width if last else row * width + low
+        rows = (1 if b == blocks - 1 else 0) if last else end - row
+        columns = total - full * width if last else high - low  # the last row may not be full: then it is one strip
+        if rows * columns > 0 and phase == SUMS:
+            own = 2 * b * width + low
+            block_sums(x, i, rows, width, columns, pivot, low, part, own, own + width)
+        elif rows * columns > 0:
+            normalize_rows(x, y, i, rows, width, columns, k, low, width + low, 2 * width + low)
 
 
 @kernel
@@ -271,38 +255,38 @@ def forward_rows(x, y, state, eps, count, measure, write, sizes):
     phase = FUSED if fused else SUMS if measure else WRITE
     tiles = blocks * panels
     outer = total // (channels * inner)
-    pivot = np.empty(channels)
-    own = np.empty((1, 2, channels))
-    pivot_columns = np.empty(width if phase == SUMS else 0)
-    part = np.zeros((blocks if phase == SUMS else 0, 2, width))
-    k = np.empty((3, 0 if phase == FUSED else channels), y.dtype)
-    k_columns = np.empty((3, 0 if phase == FUSED else width), y.dtype)
+    pivot = np.empty(channels if phase == SUMS else 0)
+    sums = np.empty(2 * channels if phase == SUMS else 0)
+    columns = np.empty(width if phase == SUMS else 0)
+    part = np.zeros(2 * blocks * width if phase == SUMS else 0)
+    k = np.empty(0 if phase == FUSED else 3 * channels, y.dtype)
+    k_columns = np.empty(0 if phase == FUSED else 3 * width, y.dtype)
     if phase == SUMS:
-        row_pivots(x, ZERO, outer, channels * inner, inner, pivot)
+        row_pivots(x, ZERO, outer, channels * inner, channels, inner, pivot)
     final = False
     while True:
         if phase == SUMS:
-            spread(pivot, inner, pivot_columns)
+            spread(pivot, ZERO, channels, inner, columns, ZERO, width)
         elif phase == WRITE:
-            channel_coefficients(state, eps, count, ZERO, k)
+            affine(state, eps, count, ZERO, channels, k)
             for i in range(3):
-                spread(k[i], inner, k_columns[i])
+                spread(k, i * channels, channels, inner, k_columns, i * width, width)
         for t in prange(tiles):
             if phase == FUSED:
                 first = np.intp(t) * panel
                 last = min(first + panel, channels)
                 fused_strip(first, last, x, y, state, eps, count, measure, write, outer, channels * inner, inner)
             else:
-                i = tiles - 1 - np.intp(t) if phase == WRITE and measure else np.intp(t)
-                rows_tile(phase, i, x, y, pivot_columns, part, k_columns, sizes)
+                i = tiles - 1 - np.intp(t) if phase == WRITE and measure else np.intp(t)  # the second pass goes back
+                rows_tile(phase, i, x, y, columns, part, k_columns, sizes)
         if phase != SUMS:
             break
-        fold_columns(part, inner, own)
-        if settle(own, pivot, count, state, ZERO, final):
+        fold_columns(part, blocks, width, channels, inner, sums)
+        if settle(sums, ONE, channels, pivot, channels, count, state, ZERO, final):
             if not write:
                 break
             phase = WRITE
         else:
             final = True
             for i in range(part.size):
-                part.reshape(-1)[i] = 0.0
+                part[i] = 0.0

@@ -47,9 +47,6 @@ TILE_BYTES = 1 << 16
 TILES = 128
 """Split tiles at most. Their number is a power of two, and they are of one size, to within one segment or row."""
 
-TILES_PER_THREAD = 2
-"""Tiles of pipelined channels: more would balance threads better, fewer have less to do before the pipeline runs."""
-
 STRIP = 1024
 """Columns of a strip: three float64 accumulators of this length fit the first-level cache."""
 
@@ -91,8 +88,8 @@ def fused_grid(outer: int, channels: int, inner: int, itemsize: int, threads: in
         if outer * inner * itemsize > FUSED_RUNS_BYTES or channels < min(8, outer * _ceil(inner, SEGMENT)):
             return None
         group = min(_ceil(AHEAD, inner), channels, max(1, GROUP_BYTES // (outer * inner * itemsize)))
-        # Neighbours are pipelined, so a tile has as many groups as leave every thread a few tiles.
-        tiles = min(_ceil(channels, group), TILES_PER_THREAD * threads)
+        # Neighbours are pipelined: the fewer tiles the better, and Numba deals them out before they run.
+        tiles = min(_ceil(channels, group), threads)
         return Grid(True, True, tiles, np.array([outer, channels, inner, group, tiles], np.int64))
     # Not narrower than one cache line's worth of columns per 256 elements, and at least 8 strips if they allow it.
     width = min(STRIP, max(256, _ceil(channels * inner, 8)))

@@ -177,6 +177,25 @@ def _prefetch(context, x, i):
     return types.void(x, types.intp), codegen
 
 
+def _attribute(*names):
+    def codegen(context, builder, signature, arguments):
+        for name in names:
+            builder.function.attributes.add(name)
+        return context.get_dummy_value()
+
+    return types.void(), codegen
+
+
+@intrinsic
+def _compact(context):
+    return _attribute("noinline", "optsize")
+
+
+@intrinsic
+def _apart(context):
+    return _attribute("noinline")
+
+
 def _dtype_of(*given):
     """float64 if any lanes are; a number takes the dtype of the lanes."""
     dtypes = [g.dtype for g in given if isinstance(g, Lanes)]
@@ -268,6 +287,7 @@ if config.DISABLE_JIT:
     minus, plus, times = (lambda a, b: a - b), (lambda a, b: a + b), (lambda a, b: a * b)
     muladd = lambda a, b, c: a * b + c  # noqa: E731
     zeros = lambda: np.zeros(LANES)  # noqa: E731
+    apart = compact = lambda: None
 else:
     #: x[i : i + 16], in float32 where that holds every value of x's dtype, else in float64.
     load = _load_computed
@@ -283,6 +303,11 @@ else:
     prefetch = _prefetch
     #: a - b, a + b, a * b, a * b + c (in one rounding where the processor can). A number stands for sixteen of it.
     minus, plus, times, muladd = _minus, _plus, _times, _muladd
+    #: Called by a function of which there is to be one copy, not one in each caller. Numba has a parallel kernel
+    #: optimized and translated four times, with all that it calls: compile time goes by their size.
+    apart = _apart
+    #: The same, and its loops are to stay as they are written, not to be turned into vectors.
+    compact = _compact
     #: Sixteen float64 zeros.
     zeros = _zeros
     #: The sum of the lanes, halves upon halves.

@@ -18,6 +18,8 @@ from .._jit import elementwise, exact
 from .grid import AHEAD, SEGMENT
 from .lanes import (
     LANES,
+    apart,
+    compact,
     load,
     load64,
     load64_part,
@@ -60,13 +62,15 @@ def run_sums(x, low, high, pivot):
 
 
 @elementwise
-def block_sums(x, i, rows, stride, pivot, s, q):
+def block_sums(x, i, rows, stride, width, pivot, p, sums, s, q):
     """Add to the column sums s and q those of `rows` rows, `stride` elements apart, from x[i] on.
 
-    Four rows in one sweep over s and q: a quarter of their loads and stores, 1.2 times as fast.
+    The pivots of the `width` columns start at pivot[p], the sums at sums[s] and sums[q]. Four rows in one sweep over
+    the sums: a quarter of their loads and stores, 1.2 times as fast.
     """
-    w = pivot.size
-    whole = w // LANES * LANES
+    compact()
+    whole = width // LANES * LANES
+    rest = width - whole
     swept = rows // 4 * 4
     for r in range(0, swept, 4):
         a = i + r * stride
@@ -74,47 +78,55 @@ def block_sums(x, i, rows, stride, pivot, s, q):
         c = b + stride
         d = c + stride
         for j in range(0, whole, LANES):
-            far = ahead(j, w, 4 * stride)
+            far = ahead(j, width, 4 * stride)
             prefetch(x, a + far)
             prefetch(x, b + far)
             prefetch(x, c + far)
             prefetch(x, d + far)
-            p = load(pivot, j)
-            va, vb = minus(load64(x, a + j), p), minus(load64(x, b + j), p)
-            vc, vd = minus(load64(x, c + j), p), minus(load64(x, d + j), p)
-            store(s, j, plus(load(s, j), plus(plus(va, vb), plus(vc, vd))))
-            store(q, j, muladd(vd, vd, muladd(vc, vc, muladd(vb, vb, muladd(va, va, load(q, j))))))
-        for j in range(whole, w):
-            ea, eb = x[a + j] - pivot[j], x[b + j] - pivot[j]
-            ec, ed = x[c + j] - pivot[j], x[d + j] - pivot[j]
-            s[j] += (ea + eb) + (ec + ed)
-            q[j] = ed * ed + (ec * ec + (eb * eb + (ea * ea + q[j])))
+            v = load(pivot, p + j)
+            va, vb = minus(load64(x, a + j), v), minus(load64(x, b + j), v)
+            vc, vd = minus(load64(x, c + j), v), minus(load64(x, d + j), v)
+            store(sums, s + j, plus(load(sums, s + j), plus(plus(va, vb), plus(vc, vd))))
+            store(sums, q + j, muladd(vd, vd, muladd(vc, vc, muladd(vb, vb, muladd(va, va, load(sums, q + j))))))
+        if rest > 0:
+            j = whole
+            v = load_part(pivot, p + j, rest)
+            va, vb = minus(load64_part(x, a + j, rest), v), minus(load64_part(x, b + j, rest), v)
+            vc, vd = minus(load64_part(x, c + j, rest), v), minus(load64_part(x, d + j, rest), v)
+            store_part(sums, s + j, rest, plus(load_part(sums, s + j, rest), plus(plus(va, vb), plus(vc, vd))))
+            before = load_part(sums, q + j, rest)
+            squares = muladd(vd, vd, muladd(vc, vc, muladd(vb, vb, muladd(va, va, before))))
+            store_part(sums, q + j, rest, squares)
     for r in range(swept, rows):
         a = i + r * stride
         for j in range(0, whole, LANES):
-            va = minus(load64(x, a + j), load(pivot, j))
-            store(s, j, plus(load(s, j), va))
-            store(q, j, muladd(va, va, load(q, j)))
-        for j in range(whole, w):
-            ea = x[a + j] - pivot[j]
-            s[j] += ea
-            q[j] = ea * ea + q[j]
+            va = minus(load64(x, a + j), load(pivot, p + j))
+            store(sums, s + j, plus(load(sums, s + j), va))
+            store(sums, q + j, muladd(va, va, load(sums, q + j)))
+        if rest > 0:
+            j = whole
+            va = minus(load64_part(x, a + j, rest), load_part(pivot, p + j, rest))
+            store_part(sums, s + j, rest, plus(load_part(sums, s + j, rest), va))
+            store_part(sums, q + j, rest, muladd(va, va, load_part(sums, q + j, rest)))
 
 
 @exact
-def settle(part, pivot, count, state, first, final):
-    """Mean and m2 of the channels from `first` on, from partial sums (tiles, 2, channels) added in that order.
+def settle(part, tiles, width, pivot, number, count, state, first, final):
+    """Mean and m2 of `number` channels from `first` on, from the partial sums of some tiles, added in that order.
+
+    part holds rows of `width`: s of each channel in the first tile, q in the first tile, s in the second ...
 
     Returns True when done. False: some pivots were too far from the mean; they have been replaced, sum again. Pivots
     that were good stay, so that one wild channel does not move the bits of the others.
     """
+    compact()
     done = True
-    for c in range(pivot.size):
+    for c in range(number):
         s = np.float64(0.0)
         q = np.float64(0.0)
-        for t in range(part.shape[0]):
-            s += part[t, 0, c]
-            q += part[t, 1, c]
+        for t in range(tiles):
+            s += part[2 * t * width + c]
+            q += part[(2 * t + 1) * width + c]
         mean = pivot[c] + s / count
         state[0, first + c] = mean
         m2 = q - s * (s / count)
@@ -133,16 +145,21 @@ def inverse_std(var, eps):
 
 
 @exact
-def affine(mean, invstd, gamma, beta, coefficients, c):
-    """Column c of `coefficients` = (centre, scale, shift) of y = (x - centre) * scale + shift, in y's dtype.
+def affine(state, eps, count, first, number, k):
+    """k = `number` centres, scales and shifts of y = (x - centre) * scale + shift, in y's dtype.
+
+    They belong to the channels from `first` on.
 
     centre is the mean, rounded; what the rounding lost goes into shift. x - centre is exact where x is near the mean,
     so no digit is lost for |mean| >> std, as it would be in x * scale + shift.
     """
-    scale = gamma * invstd
-    coefficients[0, c] = mean
-    coefficients[1, c] = scale
-    coefficients[2, c] = beta + (coefficients[0, c] - mean) * scale
+    compact()
+    for i in range(number):
+        mean, gamma, beta = state[0, first + i], state[2, first + i], state[3, first + i]
+        scale = gamma * inverse_std(state[1, first + i] / count, eps)
+        k[i] = mean
+        k[number + i] = scale
+        k[2 * number + i] = beta + (k[i] - mean) * scale
 
 
 @elementwise
@@ -159,26 +176,24 @@ def normalize_run(x, y, low, high, centre, scale, shift):
 
 
 @elementwise
-def group_sums(x, j, outer, stride, inner, up, pivot, lanes, sums):
-    """Set sums (2, channels) to s and q of consecutive channels, of which x[j] is the first value.
+def group_sums(x, j, outer, stride, inner, up, pivot, group, lanes, sums):
+    """Set `sums` to s of `group` consecutive channels, of which x[j] is the first value, then to their q.
 
     Each of the `outer` samples, `stride` apart and taken `up` or down, has the runs of `inner` elements of these
     channels side by side. `lanes` is room for the sixteen partial sums of every s and q.
     """
-    group = pivot.size
+    apart()
     row, step = group * inner, stride if up else -stride
-    for c in range(group):
-        sums[0, c] = sums[1, c] = 0.0
-        store(lanes, 2 * c * LANES, zeros())
-        store(lanes, (2 * c + 1) * LANES, zeros())
+    for c in range(2 * group):
+        sums[c] = 0.0
+        store(lanes, c * LANES, zeros())
     often = max(1, SEGMENT // inner)
     for m in range(outer):
-        n = m if up else outer - 1 - m
+        b = j + (m if up else outer - 1 - m) * stride
         settled = m % often == often - 1 or m == outer - 1
         for c in range(group):
             p = pivot[c]
             for low in range(c * inner, (c + 1) * inner, SEGMENT):
-                b = j + n * stride
                 ss, qq = load64(lanes, 2 * c * LANES), load64(lanes, (2 * c + 1) * LANES)
                 high = min(low + SEGMENT, (c + 1) * inner)
                 whole = high - (high - low) % LANES
@@ -190,35 +205,34 @@ def group_sums(x, j, outer, stride, inner, up, pivot, lanes, sums):
                     d = only(minus(load64_part(x, b + whole, high - whole), p), high - whole)
                     ss, qq = plus(ss, d), muladd(d, d, qq)
                 if settled:
-                    sums[0, c] += total(ss)
-                    sums[1, c] += total(qq)
+                    sums[c] += total(ss)
+                    sums[group + c] += total(qq)
                     ss, qq = zeros(), zeros()
                 store(lanes, 2 * c * LANES, ss)
                 store(lanes, (2 * c + 1) * LANES, qq)
 
 
 @elementwise
-def normalize_group_ahead(x, y, i, j, outer, stride, inner, up, k3, pivot, lanes, sums):
+def normalize_group_ahead(x, y, i, j, outer, stride, inner, up, k3, pivot, group, lanes, sums):
     """Write y of the channels that start at i and, in the same loop, take `group_sums` of those at j.
 
-    k3 (3, channels) are the coefficients of `affine`. Writing some channels while reading the next keeps both
-    directions of memory busy: the training forward takes 1.2 times a copy where one after the other takes 1.6.
-    Alternating between the two by blocks gains nothing.
+    k3 are their coefficients by `affine`. Writing some channels while reading the next keeps both directions of memory
+    busy: the training forward takes 1.2 times a copy where one after the other takes 1.6. Alternating between the two
+    by blocks gains nothing.
     """
-    group = pivot.size
+    apart()
     row, step = group * inner, stride if up else -stride
-    for c in range(group):
-        sums[0, c] = sums[1, c] = 0.0
-        store(lanes, 2 * c * LANES, zeros())
-        store(lanes, (2 * c + 1) * LANES, zeros())
+    for c in range(2 * group):
+        sums[c] = 0.0
+        store(lanes, c * LANES, zeros())
     often = max(1, SEGMENT // inner)
     for m in range(outer):
         n = m if up else outer - 1 - m
+        a, b = i + n * stride, j + n * stride
         settled = m % often == often - 1 or m == outer - 1
         for c in range(group):
-            p, centre, scale, shift = pivot[c], k3[0, c], k3[1, c], k3[2, c]
+            p, centre, scale, shift = pivot[c], k3[c], k3[group + c], k3[2 * group + c]
             for low in range(c * inner, (c + 1) * inner, SEGMENT):
-                a, b = i + n * stride, j + n * stride
                 ss, qq = load64(lanes, 2 * c * LANES), load64(lanes, (2 * c + 1) * LANES)
                 high = min(low + SEGMENT, (c + 1) * inner)
                 whole = high - (high - low) % LANES
@@ -235,24 +249,32 @@ def normalize_group_ahead(x, y, i, j, outer, stride, inner, up, k3, pivot, lanes
                     d = only(minus(load64_part(x, b + whole, rest), p), rest)
                     ss, qq = plus(ss, d), muladd(d, d, qq)
                 if settled:
-                    sums[0, c] += total(ss)
-                    sums[1, c] += total(qq)
+                    sums[c] += total(ss)
+                    sums[group + c] += total(qq)
                     ss, qq = zeros(), zeros()
                 store(lanes, 2 * c * LANES, ss)
                 store(lanes, (2 * c + 1) * LANES, qq)
 
 
 @elementwise
-def normalize_rows(x, y, i, rows, stride, centre, scale, shift):
-    """Write y of `rows` rows, `stride` elements apart, from y[i] on, with coefficients per column."""
-    w = centre.size
-    whole = w // LANES * LANES
+def normalize_rows(x, y, i, rows, stride, width, k, centre, scale, shift):
+    """Write y of `rows` rows, `stride` elements apart, from y[i] on.
+
+    The coefficients of the `width` columns start at k[centre], k[scale] and k[shift].
+    """
+    compact()
+    whole = width // LANES * LANES
+    rest = width - whole
     for r in range(rows):
         a = i + r * stride
         for j in range(0, whole, LANES):
-            far = a + ahead(j, w, stride)
+            far = a + ahead(j, width, stride)
             prefetch(x, far)
             prefetch(y, far)
-            store(y, a + j, muladd(minus(load(x, a + j), load(centre, j)), load(scale, j), load(shift, j)))
-        for j in range(whole, w):
-            y[a + j] = (x[a + j] - centre[j]) * scale[j] + shift[j]
+            d = minus(load(x, a + j), load(k, centre + j))
+            store(y, a + j, muladd(d, load(k, scale + j), load(k, shift + j)))
+        if rest > 0:
+            j = whole
+            d = minus(load_part(x, a + j, rest), load_part(k, centre + j, rest))
+            new = muladd(d, load_part(k, scale + j, rest), load_part(k, shift + j, rest))
+            store_part(y, a + j, rest, new)

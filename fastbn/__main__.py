@@ -6,10 +6,14 @@ import sys
 import time
 from collections.abc import Sequence
 from importlib.metadata import version
+from pathlib import Path
 
-from . import __version__, _measure, get_num_threads, set_num_threads, warmup
+import numpy as np
+
+from . import __version__, _measure, _peers, _plot, get_num_threads, set_num_threads, warmup
 from ._config import config
 from ._measure import BATCH, OPERATIONS, RESNET50, YARDSTICKS, Layer, Operation, ratio, table_sum
+from ._peers import Peer
 
 #: Larger errors than this, in units of the largest value of the result, are a bug: four roundings of float32.
 TOLERANCE = 4 * 2**-23
@@ -24,6 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, help="use at most this many threads (default: all that may be used)")
     parser.add_argument("--rounds", type=int, default=7, help="rounds of which the fastest counts (default: 7)")
     parser.add_argument("--no-peers", action="store_true", help="fastbn and the yardsticks alone")
+    parser.add_argument("--plot", metavar="FILE", type=Path, help="draw every layer against the peers: .png or .svg")
     parser.add_argument("--markdown", action="store_true", help="print the tables as Markdown")
     commands = parser.add_subparsers(dest="command", metavar="command")
     ahead = commands.add_parser("warmup", help="compile every verb and fill the disk cache")
@@ -32,6 +37,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.rounds < 1:
         parser.error("--rounds must be at least 1")
+    if options.plot and (problem := _plot.unable(options.plot)):
+        parser.error(f"--plot {options.plot}: {problem}")
     start = time.perf_counter()
     try:
         if options.threads is not None:
@@ -49,18 +56,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _table(options: argparse.Namespace) -> int:
     start = time.perf_counter()
+    peers = [] if options.no_peers else _peers.present(get_num_threads())
     _progress("compiling (the first time on a machine takes half a minute at most)")
     layers: list[Layer] = []
-    measuring = _measure.measure(RESNET50, options.rounds, not options.no_peers)
+    measuring = _measure.measure(RESNET50, options.rounds, peers)
     for channels, side, _ in RESNET50:
         _progress(f"layer {len(layers) + 1} of {len(RESNET50)}: ({BATCH}, {channels}, {side}, {side})")
         layers.append(next(measuring))
     _progress("")
     show = _markdown if options.markdown else _plain
     print(f"fastbn {__version__}: ResNet-50's 53 batch-norm layers, batch {BATCH}, float32, out= given")
-    print(_environment(layers))
+    print(_environment(peers))
     print()
-    show(*_summary(layers))
+    show(*_summary(layers, peers))
     print()
     print("Every operation per layer, in units of copy:")
     print()
@@ -69,32 +77,40 @@ def _table(options: argparse.Namespace) -> int:
     copy = table_sum(layers, "copy")
     sums = ", ".join(f"{name} {table_sum(layers, name) / copy:.2f}" for name in YARDSTICKS)
     print(f"ratio = time / limit. limit: what memory allows (in units of copy: {sums}).")
+    print("fresh: the ratio without out=; outputs then lie in recycled memory that starts on a cache line.")
     print("copy: y = x*1 + 0.5, in parallel. error: of 8 channels a layer against float64, over the largest value.")
-    if not options.no_peers:
-        print("times NumPy, times PyTorch: their time over fastbn's (NumPy in place, PyTorch with fresh outputs).")
-    worst = max(e for layer in layers for e in layer.errors.values())
+    if peers:
+        given, fresh = (", ".join(p.name for p in peers if p.fresh == f) or "none" for f in (False, True))
+        print(
+            "times a peer: its time over fastbn's with out=, the threads allowed are the same; -: it has no such call."
+        )
+        print(f"Into given arrays: {given}. With fresh outputs, as their users get them: {fresh}.")
+    worst = np.max([list(layer.errors.values()) for layer in layers])  # NaN if one is
     right = worst <= TOLERANCE
     print(
         f"results {'right' if right else 'WRONG'}: largest error {worst:.1e}; took {time.perf_counter() - start:.0f} s"
     )
+    if options.plot:
+        _plot.save(layers, [p.name for p in peers], options.plot)
     return 0 if right else 1
 
 
-def _summary(layers: list[Layer]) -> tuple[list[str], list[list[str]]]:
-    peers = {"times NumPy": "numpy", "times PyTorch": "torch"}
-    peers = {title: name for title, name in peers.items() if f"{name} {OPERATIONS[0].key}" in layers[0].seconds}
-    head = ["operation", "layout", "ms", "GB/s", "limit", "ratio", "goal", *peers, "error"]
-    return head, [_summary_row(layers, op, list(peers.values())) for op in OPERATIONS]
+def _summary(layers: list[Layer], peers: list[Peer]) -> tuple[list[str], list[list[str]]]:
+    against = [f"times {p.name}" for p in peers]
+    head = ["operation", "layout", "ms", "GB/s", "limit", "ratio", "goal", "fresh", *against, "error"]
+    return head, [_summary_row(layers, op, peers) for op in OPERATIONS]
 
 
-def _summary_row(layers: list[Layer], op: Operation, peers: list[str]) -> list[str]:
+def _summary_row(layers: list[Layer], op: Operation, peers: list[Peer]) -> list[str]:
     seconds = table_sum(layers, f"fastbn {op.key}")
     moved = sum(layer.times * layer.elements * op.tensors * 4 for layer in layers)
-    against = [f"{table_sum(layers, f'{peer} {op.key}') / seconds:.1f}" for peer in peers]
-    error = max(layer.errors[op.key] for layer in layers)
+    names = [f"{p.name} {op.key}" for p in peers]
+    against = [f"{table_sum(layers, n) / seconds:.1f}" if n in layers[0].seconds else "-" for n in names]
+    error = np.max([layer.errors[op.key] for layer in layers])
     return [
         op.name, op.layout, f"{seconds * 1e3:.1f}", f"{moved / seconds / 1e9:.1f}", " + ".join(op.limit),
-        f"{ratio(layers, op):.2f}", f"{op.goal:.2f}", *against, f"{error:.0e}",
+        f"{ratio(layers, op):.2f}", f"{op.goal:.2f}", f"{ratio(layers, op, 'fastbn fresh'):.2f}", *against,
+        f"{error:.0e}",
     ]  # fmt: skip
 
 
@@ -109,12 +125,13 @@ def _per_layer(layers: list[Layer]) -> tuple[list[str], list[list[str]]]:
     return head, rows
 
 
-def _environment(layers: list[Layer]) -> str:
+def _environment(peers: list[Peer]) -> str:
     c = config()
-    torch = f", torch {version('torch')}" if any(name.startswith("torch ") for name in layers[0].seconds) else ""
     threads = f"{get_num_threads()} threads, {c['threading layer']}"
+    versions = {"numba": c["numba"], **{p.package: version(p.package) for p in peers}, "numpy": c["numpy"]}
+    listed = ", ".join(f"{name} {v}" for name, v in versions.items())
     today = datetime.datetime.now(datetime.UTC).date()
-    return f"{c['cpu']}, {threads}; numba {c['numba']}, numpy {c['numpy']}{torch}, python {c['python']}; {today}"
+    return f"{c['cpu']}, {threads}; {listed}, python {c['python']}; {today}"
 
 
 def _plain(head: list[str], rows: list[list[str]]) -> None:

@@ -1,20 +1,24 @@
 """How fast, how accurate: the ResNet-50 table that `python -m fastbn` prints.
 
-Every figure is a ratio from one process: the candidates of a layer run in turn, round after round, and the minimum of
-each counts. Arrays are touched before; fastbn writes into `out=`.
+Every figure is a ratio from one process. The yardsticks and fastbn's operations on a layer run in turn, round after
+round, and the minimum of each counts; then each peer's do, by themselves: every library has threads of its own, and
+those that wait for more work would slow another. Arrays are touched before, and lie where NumPy puts them.
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from . import kernels
-from ._threads import get_num_threads, run
+from ._peers import EPS, Peer, Problem
+from ._threads import run
 from .functional import batch_norm, batch_norm_backward, batch_norm_train
+from .moments import moments
 
 Array = npt.NDArray[Any]
 
@@ -70,12 +74,12 @@ class Layer:
 
 
 def measure(
-    layers: tuple[tuple[int, int, int], ...] = RESNET50, rounds: int = 7, peers: bool = True
+    layers: Sequence[tuple[int, int, int]] = RESNET50, rounds: int = 7, peers: Sequence[Peer] = ()
 ) -> Iterator[Layer]:
     """Measure and check layer after layer.
 
-    ``seconds`` has the yardsticks, "fastbn <operation>", and with `peers` "numpy <operation>" and, if it can be
-    imported, "torch <operation>".
+    ``seconds`` has the yardsticks, "fastbn <operation>" into given arrays, "fastbn fresh <operation>" without `out=`,
+    and "<peer> <operation>" for what each peer can do.
     """
     most = max(BATCH * c * s**2 for c, s, _ in layers)
     rng = np.random.default_rng(0)
@@ -84,32 +88,48 @@ def measure(
     rng.standard_normal(dtype=np.float32, out=dy)
     x *= 2
     x += 3
-    torch = _torch() if peers else None
     for channels, side, times in layers:
         layer = Layer(channels, side, times)
-        n = layer.elements
-        arrays = x[:n], dy[:n], y[:n], dx[:n]
-        fast = dict(_yardsticks(*arrays))
-        slow: dict[str, Callable[[], Any]] = {}
-        for layout in ("NCHW", "NHWC"):
-            shape = (BATCH, channels, side, side) if layout == "NCHW" else (BATCH, side, side, channels)
-            shaped = [a.reshape(shape) for a in arrays]
-            fast.update(_fastbn(layout, *shaped))
-            if peers:
-                slow.update(_numpy(layout, *shaped))
-            if torch:
-                slow.update(_pytorch(torch, layout, *shaped))
+        arrays = [a[: layer.elements] for a in (x, dy, y, dx)]
+        problems = [problem(layout, channels, side, *arrays) for layout in ("NCHW", "NHWC")]
+        own = dict(_yardsticks(*arrays))
+        for p in problems:
+            own.update(_fastbn(p))
         for op in OPERATIONS:
-            layer.errors[op.key] = _check(op, fast[f"fastbn {op.key}"], layer, *arrays)
-        layer.seconds = best_of(fast, rounds) | best_of(slow, max(1, rounds // 3))
+            p = problems[op.layout == "NHWC"]
+            result = p.dx if op.name == "backward" else p.y
+            result.fill(np.nan)
+            own[f"fastbn {op.key}"]()
+            layer.errors[op.key] = error(op, p, result)
+        layer.seconds = best_of(own, rounds)
+        for peer in peers:
+            calls = {f"{peer.name} {name} {p.layout}": call for p in problems for name, call in peer.calls(p)}
+            # In fastbn's rounds other calls on other arrays come in between; so it must be here.
+            layer.seconds |= best_of(calls, max(1, rounds // 2), between=own["triad"])
         yield layer
 
 
-def best_of(calls: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
-    """Seconds of each call, the minimum over rounds in which all of them take turns, after one round unmeasured."""
+def problem(layout: str, channels: int, side: int, *arrays: Array) -> Problem:
+    """A layer's flat x, dy, y and dx in one layout, with parameters and x's statistics."""
+    shape = (BATCH, channels, side, side) if layout == "NCHW" else (BATCH, side, side, channels)
+    x, dy, y, dx = (a.reshape(shape) for a in arrays)
+    gamma, beta = np.linspace(0.5, 1.5, channels, dtype=np.float32), np.linspace(-1, 1, channels, dtype=np.float32)
+    m = moments(x, axis=1 if layout == "NCHW" else -1)
+    return Problem(layout, x, dy, y, dx, gamma, beta, m.mean, m.var())
+
+
+def best_of(
+    calls: dict[str, Callable[[], Any]], rounds: int, between: Callable[[], Any] = lambda: None
+) -> dict[str, float]:
+    """Seconds of each call, the minimum over rounds in which all of them take turns, after one round unmeasured.
+
+    What happens `between` them does not count.
+    """
+    time.sleep(0.02)  # threads of other libraries may spin for some milliseconds after their last work
     best = dict.fromkeys(calls, float("inf"))
     for i in range(rounds + 1):
         for name, call in calls.items():
+            between()
             start = time.perf_counter()
             call()
             elapsed = time.perf_counter() - start
@@ -123,9 +143,9 @@ def table_sum(layers: list[Layer], *names: str) -> float:
     return sum(layer.times * layer.seconds[name] for layer in layers for name in names)
 
 
-def ratio(layers: list[Layer], op: Operation) -> float:
+def ratio(layers: list[Layer], op: Operation, who: str = "fastbn") -> float:
     """Time of an operation in units of what memory allows, over the layers."""
-    return table_sum(layers, f"fastbn {op.key}") / table_sum(layers, *op.limit)
+    return table_sum(layers, f"{who} {op.key}") / table_sum(layers, *op.limit)
 
 
 def _yardsticks(x: Array, dy: Array, y: Array, dx: Array) -> Iterator[tuple[str, Callable[[], Any]]]:
@@ -137,110 +157,28 @@ def _yardsticks(x: Array, dy: Array, y: Array, dx: Array) -> Iterator[tuple[str,
     yield "read2", lambda: run(kernels.yardsticks.read2, x.size, x, dy, sums)
 
 
-def _parameters(channels: int) -> tuple[Array, Array]:
-    return np.linspace(0.5, 1.5, channels, dtype=np.float32), np.linspace(-1, 1, channels, dtype=np.float32)
-
-
-def _fastbn(layout: str, x: Array, dy: Array, y: Array, dx: Array) -> Iterator[tuple[str, Callable[[], Any]]]:
-    axis = 1 if layout == "NCHW" else -1
-    gamma, beta = _parameters(x.shape[axis])
+def _fastbn(p: Problem) -> Iterator[tuple[str, Callable[[], Any]]]:
+    x, dy, y, dx, gamma, beta, axis = p.x, p.dy, p.y, p.dx, p.gamma, p.beta, p.axis
     _, saved = batch_norm_train(x, gamma, beta, axis=axis, out=y)
-    mean, var = saved.mean, saved.var
-    yield f"fastbn train forward {layout}", lambda: batch_norm_train(x, gamma, beta, axis=axis, out=y)
-    yield f"fastbn backward {layout}", lambda: batch_norm_backward(dy, saved, out=dx)
-    yield f"fastbn inference {layout}", lambda: batch_norm(x, mean, var, gamma, beta, axis=axis, out=y)
+    for name, out, dout in (("fastbn", y, dx), ("fastbn fresh", None, None)):
+        yield f"{name} train forward {p.layout}", partial(batch_norm_train, x, gamma, beta, axis=axis, out=out)
+        yield f"{name} backward {p.layout}", partial(batch_norm_backward, dy, saved, out=dout)
+        yield f"{name} inference {p.layout}", partial(batch_norm, x, p.mean, p.var, gamma, beta, axis=axis, out=out)
 
 
-def _numpy(layout: str, x: Array, dy: Array, y: Array, dx: Array) -> Iterator[tuple[str, Callable[[], Any]]]:
-    """NumPy written well: no temporary of x's size, sums by einsum, float32 throughout."""
-    shape = (-1, 1, 1) if layout == "NCHW" else (-1,)
-    dot = "nchw,nchw->c" if layout == "NCHW" else "nhwc,nhwc->c"
-    add = "nchw->c" if layout == "NCHW" else "nhwc->c"
-    gamma, beta = _parameters(x.shape[1] if layout == "NCHW" else x.shape[3])
-    n = x.size // gamma.size
-    eps = np.float32(1e-5)
-
-    def forward() -> tuple[Array, Array]:
-        mean = np.einsum(add, x) / n
-        np.subtract(x, mean.reshape(shape), out=y)
-        invstd = 1 / np.sqrt(np.einsum(dot, y, y) / n + eps)
-        np.multiply(y, (gamma * invstd).reshape(shape), out=y)
-        np.add(y, beta.reshape(shape), out=y)
-        return mean, invstd
-
-    mean, invstd = forward()
-
-    def backward() -> None:
-        np.subtract(x, mean.reshape(shape), out=dx)
-        dgamma = np.einsum(dot, dy, dx) * invstd
-        dbeta = np.einsum(add, dy)
-        np.multiply(dx, (-invstd * dgamma / n).reshape(shape), out=dx)
-        np.add(dx, dy, out=dx)
-        np.subtract(dx, (dbeta / n).reshape(shape), out=dx)
-        np.multiply(dx, (gamma * invstd).reshape(shape), out=dx)
-
-    def inference() -> None:
-        scale = gamma * invstd
-        np.multiply(x, scale.reshape(shape), out=y)
-        np.add(y, (beta - mean * scale).reshape(shape), out=y)
-
-    yield f"numpy train forward {layout}", forward
-    yield f"numpy backward {layout}", backward
-    yield f"numpy inference {layout}", inference
-
-
-def _torch() -> Any:
-    try:
-        import torch
-    except ImportError:
-        return None
-    torch.set_num_threads(get_num_threads())
-    return torch
-
-
-def _pytorch(torch: Any, layout: str, x: Array, dy: Array, y: Array, dx: Array) -> Iterator[tuple[str, Any]]:
-    """PyTorch as its users call it: fresh outputs, channels_last for NHWC."""
-    tx, tdy = torch.from_numpy(x), torch.from_numpy(dy)
-    if layout == "NHWC":  # the same memory, seen as NCHW
-        tx, tdy = tx.permute(0, 3, 1, 2), tdy.permute(0, 3, 1, 2)
-    gamma, beta = (torch.from_numpy(p) for p in _parameters(tx.shape[1]))
-    aten = torch.ops.aten
-    _, mean, invstd = aten.native_batch_norm(tx, gamma, beta, None, None, True, 0.1, 1e-5)
-    var = invstd**-2 - 1e-5
-
-    def train() -> None:
-        torch.nn.functional.batch_norm(tx, None, None, gamma, beta, training=True)
-
-    def inference() -> None:
-        torch.nn.functional.batch_norm(tx, mean, var, gamma, beta)
-
-    def backward() -> None:
-        aten.native_batch_norm_backward(tdy, tx, gamma, None, None, mean, invstd, True, 1e-5, [True] * 3)
-
-    yield f"torch train forward {layout}", train
-    yield f"torch backward {layout}", backward
-    yield f"torch inference {layout}", inference
-
-
-def _check(op: Operation, call: Callable[[], Any], layer: Layer, x: Array, dy: Array, y: Array, dx: Array) -> float:
+def error(op: Operation, p: Problem, result: Array) -> float:
     """The largest error of a result, in units of its largest value, against float64 NumPy on eight of the channels."""
-    result = dx if op.name == "backward" else y
-    result[:] = np.nan
-    call()
-    cut = slice(None, None, max(1, layer.channels // 8))
-    inner = layer.side**2
-    shape = (BATCH, layer.channels, inner) if op.layout == "NCHW" else (BATCH * inner, layer.channels, 1)
-    picked = [a.reshape(shape)[:, cut].astype(np.float64) for a in (x, dy, result)]
-    px, pdy, found = picked
-    gamma, beta = (p[cut, None].astype(np.float64) for p in _parameters(layer.channels))
+    cut = slice(None, None, max(1, p.gamma.size // 8))
+    x, dy, found = (np.moveaxis(a, p.axis, 0)[cut].astype(np.float64) for a in (p.x, p.dy, result))
+    gamma, beta = (a[cut, None, None, None].astype(np.float64) for a in (p.gamma, p.beta))
 
     def mean(a: Array) -> Array:
-        return np.asarray(a.mean(axis=(0, 2), keepdims=True))
+        return np.asarray(a.mean(axis=(1, 2, 3), keepdims=True))
 
-    centred = px - mean(px)
-    invstd = 1 / np.sqrt(mean(centred**2) + 1e-5)
+    centred = x - mean(x)
+    invstd = 1 / np.sqrt(mean(centred**2) + EPS)
     xhat = centred * invstd
     expected = xhat * gamma + beta
     if op.name == "backward":
-        expected = gamma * invstd * (pdy - mean(pdy) - xhat * mean(pdy * xhat))
+        expected = gamma * invstd * (dy - mean(dy) - xhat * mean(dy * xhat))
     return float(np.abs(found - expected).max() / np.abs(expected).max())

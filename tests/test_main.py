@@ -1,4 +1,4 @@
-"""`python -m fastbn`: the table, the warm-up and the measuring behind them."""
+"""`python -m fastbn`: the table, the plot, the warm-up and the measuring behind them."""
 
 import subprocess
 import sys
@@ -7,47 +7,52 @@ import numpy as np
 import pytest
 
 from fastbn import __main__ as cli
-from fastbn import _measure
+from fastbn import _measure, _peers, _plot
 
 SMALL = ((8, 14, 2), (16, 7, 1))
 
 
 @pytest.fixture(scope="module")
 def layers():
-    return list(_measure.measure(SMALL, rounds=1))
+    return list(_measure.measure(SMALL, rounds=1, peers=[_peers.NumPy(1)]))
+
+
+def make_problem(layout):
+    """With results that nobody has written yet."""
+    rng = np.random.default_rng(1)
+    x, dy, y, dx = (rng.normal(1, 2, _measure.BATCH * 8 * 14**2).astype(np.float32) for _ in range(4))
+    y[:] = dx[:] = np.nan
+    return _measure.problem(layout, 8, 14, x, dy, y, dx)
 
 
 def test_every_operation_is_measured_and_right(layers):
     for layer in layers:
         for op in _measure.OPERATIONS:
             assert 0 <= layer.errors[op.key] <= cli.TOLERANCE
-            assert all(layer.seconds[f"{who} {op.key}"] > 0 for who in ("fastbn", "numpy"))
+            assert all(layer.seconds[f"{who} {op.key}"] > 0 for who in ("fastbn", "fastbn fresh", "NumPy"))
 
 
-def test_a_wrong_result_is_found(layers):
-    op = _measure.OPERATIONS[0]
-    x, dy, y, dx = (np.random.default_rng(0).normal(size=layers[0].elements).astype(np.float32) for _ in range(4))
-    assert _measure._check(op, lambda: None, layers[0], x, dy, y, dx) != 0  # y is NaN: nobody wrote it
-    assert _measure._check(op, lambda: y.fill(0), layers[0], x, dy, y, dx) > 0.1
+@pytest.mark.parametrize("op", _measure.OPERATIONS, ids=lambda op: op.key)
+def test_a_wrong_result_is_found(op):
+    p = make_problem(op.layout)
+    calls = dict(_measure._fastbn(p))
+    for who in ("fastbn", "fastbn fresh"):
+        result = calls[f"{who} {op.key}"]()
+        result = result[0] if isinstance(result, tuple) else result
+        assert np.shares_memory(result, p.dx if op.name == "backward" else p.y) == (who == "fastbn")
+        assert _measure.error(op, p, result) <= cli.TOLERANCE
+        result[0, 0, 0, 0] += 0.01
+        assert _measure.error(op, p, result) > cli.TOLERANCE
+    assert np.isnan(_measure.error(op, p, np.full_like(p.x, np.nan)))
 
 
-def test_numpy_peers_compute_batch_norm(layers):
-    """The peers must do the work they are timed for."""
-    rng = np.random.default_rng(1)
-    for layout, shape in (("NCHW", (_measure.BATCH, 8, 14, 14)), ("NHWC", (_measure.BATCH, 14, 14, 8))):
-        arrays = [rng.normal(size=shape).astype(np.float32) for _ in range(4)]
-        calls = dict(_measure._numpy(layout, *arrays))
-        for op in _measure.OPERATIONS:
-            if op.layout == layout:
-                flat = [a.reshape(-1) for a in arrays]
-                assert _measure._check(op, calls[f"numpy {op.key}"], layers[0], *flat) < 1e-5
-
-
-def test_pytorch_peers_compute_batch_norm(layers):
-    torch = pytest.importorskip("torch", reason="PyTorch is not installed")
-    for op in _measure.OPERATIONS:
-        assert layers[0].seconds[f"torch {op.key}"] > 0
-    assert torch.get_num_threads() >= 1
+@pytest.mark.parametrize("op", _measure.OPERATIONS, ids=lambda op: op.key)
+def test_a_result_that_nobody_wrote_is_wrong(monkeypatch, capsys, op):
+    monkeypatch.setattr(cli, "RESNET50", SMALL)
+    right = _measure._fastbn
+    monkeypatch.setattr(_measure, "_fastbn", lambda p: [*right(p), (f"fastbn {op.key}", lambda: None)])
+    assert cli.main(["--rounds", "1", "--no-peers"]) == 1
+    assert "results WRONG: largest error nan" in capsys.readouterr().out
 
 
 def test_sums_and_ratios_weigh_layers_by_their_number(layers):
@@ -75,11 +80,42 @@ def test_table(monkeypatch, capsys, style):
     assert err == ""  # no progress line where stderr is no terminal
 
 
-def test_wrong_results_fail_the_command(monkeypatch, capsys):
+def test_table_and_plot_with_peers(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(cli, "RESNET50", SMALL)
-    monkeypatch.setattr(_measure, "_check", lambda *_: 1.0)
-    assert cli.main(["--rounds", "1", "--no-peers"]) == 1
-    assert "results WRONG" in capsys.readouterr().out
+    monkeypatch.setattr(_peers, "PEERS", (_peers.NumPy, Half))
+    monkeypatch.setitem(_plot.STYLES, "Half", ("black", "x"))
+    path = tmp_path / "layers.svg"
+    assert cli.main(["--rounds", "1", "--markdown", "--plot", str(path)]) == 0
+    out = capsys.readouterr().out
+    rows = [line.strip("| ").split(" | ") for line in out.splitlines() if line.startswith("|")]
+    head, *operations = rows[0], *rows[2:8]
+    assert head[-3:] == ["times NumPy", "times Half", "error"]
+    assert all(float(row[head.index("times NumPy")]) > 0 for row in operations)
+    assert [row[-2] == "-" for row in operations] == [row[:2] != ["inference", "NCHW"] for row in operations]
+    assert "Into given arrays: NumPy. With fresh outputs, as their users get them: Half." in out
+    drawn = path.read_text()
+    assert all(f"<!-- {name} -->" in drawn for name in ("limit", "fastbn", "NumPy", "Half", "backward, NHWC"))
+
+
+class Half(_peers.Peer):
+    """One operation in one layout."""
+
+    name, package, fresh = "Half", "numpy", True
+
+    def calls(self, p):
+        if p.layout == "NCHW":
+            yield "inference", lambda: p.x * 1.0
+
+
+@pytest.mark.parametrize(
+    ("path", "says"), [("layers.pdf", ".png or .svg"), ("nowhere/layers.png", "no folder nowhere"), ("a.png", "bench")]
+)
+def test_a_plot_that_cannot_be_is_refused_at_once(monkeypatch, capsys, path, says):
+    if says == "bench":
+        monkeypatch.setattr(_plot, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit):
+        cli.main(["--plot", path])
+    assert says in capsys.readouterr().err
 
 
 def test_warmup_compiles_everything_it_names():

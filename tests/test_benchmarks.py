@@ -3,6 +3,7 @@
 import importlib
 import inspect
 import itertools
+import os
 import sys
 from pathlib import Path
 
@@ -10,6 +11,8 @@ import numpy as np
 import pytest
 import reference
 from subprocesses import run_script
+
+from fastbn import _measure
 
 FOLDER = Path(__file__).parents[1] / "asv_bench"
 
@@ -34,6 +37,12 @@ def train(case, result):
     np.testing.assert_allclose(saved.mean, reference.mean_var(case.x, case.axis)[0].astype(float), rtol=1e-12)
 
 
+def train_fresh(case, result):
+    assert np.isnan(case.out).all(), "it wrote into the array that it was not given"
+    case.out = result[0]
+    train(case, result)
+
+
 def backward(case, result):
     dx, dgamma, dbeta = result
     expected = reference.backward(case.dy, case.x, case.gamma, axis=case.axis)
@@ -56,11 +65,15 @@ def moments(case, result):
     np.testing.assert_allclose(result.var(), var, rtol=1e-12)
 
 
-def layer(case, result):
-    y, dx = result
+def layer_forward(case, y):
     expected = reference.train(case.x, axis=case.axis)
     assert y is case.out
     reference.assert_within(y, expected.y, expected.budget, "y")
+
+
+def layer(case, result):
+    y, dx = result
+    layer_forward(case, y)
     expected = reference.backward(case.dy, case.x, axis=case.axis)
     reference.assert_within(dx, expected.dx, expected.dx_budget, "dx")
 
@@ -75,9 +88,18 @@ BENCHMARKS = {
     "small_calls.Small.time_batch_norm_train": (lambda m, s: m["forward"].case("NCHW", s, "float32"), train),
     "small_calls.Small.time_batch_norm_backward": (lambda m, s: m["backward"].case("NCHW", s, "float32"), backward),
     "small_calls.Small.time_batch_norm": (lambda m, s: m["inference"].case("NCHW", s, "float32"), inference),
-    "small_calls.Small.time_layer_forward_and_backward": (lambda m, s: m["small_calls"].layer_case(True, s), layer),
-    "small_calls.Small.time_layer_inference": (lambda m, s: m["small_calls"].layer_case(False, s), inference),
+    "small_calls.Small.time_layer_forward": (lambda m, s: m["small_calls"].layer_case("forward", s), layer_forward),
+    "small_calls.Small.time_layer_forward_and_backward": (
+        lambda m, s: m["small_calls"].layer_case("forward and backward", s),
+        layer,
+    ),
+    "small_calls.Small.time_layer_inference": (lambda m, s: m["small_calls"].layer_case("inference", s), inference),
 }
+# The others have tests of their own below.
+TIMERAW = {"startup.Import.timeraw_import_numpy", "startup.Import.timeraw_import_fastbn"}
+TIMERAW |= {"startup.FirstResult.timeraw_first_result"}
+TRACK = {"small_calls.AfterIdle.track_above_a_hot_call", "memory.Peak.track_above_the_arrays"}
+TRACK |= {f"peers.{cls}.track_time" for cls in ("InCopies", "InTriads", "InPyTorch")}
 
 
 def classes(modules):
@@ -85,16 +107,17 @@ def classes(modules):
         f"{name}.{cls.__name__}": cls
         for name, module in modules.items()
         for cls in vars(module).values()
-        if inspect.isclass(cls) and cls.__module__ == module.__name__
+        if inspect.isclass(cls) and cls.__module__ == module.__name__ and not cls.__name__.startswith("_")
     }
 
 
 def test_every_benchmark_is_checked_here(modules):
-    found = [f"{n}.{m}" for n, cls in classes(modules).items() for m in vars(cls) if m.startswith("time_")]
-    assert sorted(found) == sorted(BENCHMARKS)
+    kinds = ("time_", "timeraw_", "track_", "mem_", "peakmem_")
+    found = [f"{n}.{m}" for n, cls in classes(modules).items() for m in dir(cls) if m.startswith(kinds)]
+    assert sorted(found) == sorted({*BENCHMARKS, *TIMERAW, *TRACK})
 
 
-def test_no_benchmark_has_a_setup(modules):
+def test_no_timed_benchmark_has_a_setup(modules):
     # asv would call it before every single timed call; and would choose number=1 from a first call that compiles.
     for name, cls in classes(modules).items():
         if any(m.startswith("time_") for m in dir(cls)):
@@ -128,6 +151,155 @@ def test_benchmark_computes_what_it_says(modules, name):
 def small(values):
     """asv's own values of one parameter; of ResNet's layers, two little ones in their place."""
     return [(2, 3, 4, 5), (3, 2, 5, 4)] if (32, 64, 56, 56) in values else values
+
+
+def test_after_idle_times_a_forward(modules):
+    (values,) = modules["small_calls"].AfterIdle.params
+    for shape in values:
+        case = modules["forward"].case("NCHW", shape, "float32")
+        case.out.fill(np.nan)
+        assert np.isfinite(modules["small_calls"].AfterIdle().track_above_a_hot_call(shape))
+        assert modules["forward"].case("NCHW", shape, "float32") is case, "it timed another case"
+        train(case, case.run())
+
+
+def test_importing_is_what_is_timed(modules):
+    for package in ("numpy", "fastbn"):
+        code = getattr(modules["startup"].Import(), f"timeraw_import_{package}")()
+        run_script(f"import sys; assert {package!r} not in sys.modules\n{code}\nassert {package!r} in sys.modules\n")
+
+
+@pytest.mark.parametrize("cache", ["warm", "cold"])
+@pytest.mark.parametrize("call", ["train forward NCHW", "inference NHWC"])
+def test_first_results_are_right_and_the_cache_is_as_it_says(modules, tmp_path, cache, call):
+    cls = modules["startup"].FirstResult
+    assert cls.params == (("warm", "cold"), tuple(modules["startup"].CALLS))
+    benchmark = cls()
+    benchmark.setup(cache, call)
+    code, before = benchmark.timeraw_first_result(cache, call)
+    folder = Path(os.environ["NUMBA_CACHE_DIR"])
+    compiled = sorted(folder.rglob("*.nbc"))
+    check = (
+        "import sys, pathlib, numba\n"
+        "np.save(sys.argv[1], y)\n"
+        "from fastbn import kernels\n"
+        "stats = [b.stats for k in (kernels.forward.forward_runs, kernels.forward.forward_rows)\n"
+        "         for b in (k.serial, k.parallel)]\n"
+        "print(sum(len(s.cache_hits) for s in stats), sum(len(s.cache_misses) for s in stats))\n"
+    )
+    # What runs unmeasured must not have imported anything of ours.
+    first = "import sys\nassert not {'numpy', 'fastbn', 'numba'} & set(sys.modules)\n"
+    printed = run_script(f"{before}\n{first}\n{code}\n{check}", str(tmp_path / "y.npy"))
+    hits, misses = map(int, printed.split())
+    assert (hits > 0, misses > 0) == ((True, False) if cache == "warm" else (False, True))
+    assert sorted(folder.rglob("*.nbc")) == compiled, "it compiled into the cache that other benchmarks use"
+
+    y, variables = np.load(tmp_path / "y.npy"), {"np": np}
+    exec(modules["startup"].CALLS[call][0], variables)
+    x = variables["x"]
+    assert x.size >= 1 << 16, "serial"
+    if call == "inference NHWC":
+        expected = reference.infer(x, np.full(64, 125.0), np.full(64, 5250.0), axis=-1)
+    else:
+        expected = reference.train(x)
+    reference.assert_within(y, expected.y, expected.budget, "y")
+
+
+MEMORY = {
+    "train forward, out=": train,
+    "train forward, fresh": train_fresh,
+    "backward, out=": backward,
+    "inference, out=": inference,
+}
+needs_linux = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="asv skips it, too: needs Linux")
+
+
+@pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
+@pytest.mark.parametrize("call", MEMORY)
+def test_memory_is_that_of_the_right_call(modules, call, layout):
+    memory = modules["memory"]
+    assert memory.Peak.params == (tuple(MEMORY), ("NCHW", "NHWC"))
+    case, saved = memory.case(layout, (3, 4, 5, 6))
+    assert case.x.shape == ((3, 4, 5, 6) if layout == "NCHW" else (3, 5, 6, 4))
+    case.out.fill(np.nan)
+    MEMORY[call](case, memory.CALLS[call](case, saved))
+
+
+@needs_linux
+@pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
+@pytest.mark.parametrize("call", MEMORY)
+def test_memory_is_none_or_the_output(modules, call, layout):
+    memory = modules["memory"]
+    peak = memory.Peak()
+    peak.setup(call, layout)
+    y = memory.case(layout, memory.SHAPE)[0].out.nbytes if "fresh" in call else 0
+    assert abs(peak.track_above_the_arrays(call, layout) - y) <= 2 * memory.MIB  # a page may have two MiB
+
+
+@needs_linux
+def test_the_peak_sees_what_is_used_and_nothing_before(modules):
+    peak, size = modules["memory"].peak, 100 << 20
+    np.ones(2 * size, np.uint8)
+    assert peak(lambda: None) == 0
+    assert abs(peak(lambda: np.ones(size, np.uint8)) - size) <= 2 << 20
+
+
+def test_memory_skips_where_it_cannot_be_read(modules, monkeypatch, tmp_path):
+    monkeypatch.setattr(modules["memory"], "PROC", tmp_path)
+    with pytest.raises(NotImplementedError):
+        modules["memory"].Peak().setup("backward, out=", "NCHW")
+
+
+PEERS = ("InCopies", "InTriads", "InPyTorch")
+
+
+def test_peers_are_measured(modules, monkeypatch):
+    """What is measured is right: tests/test_main.py and tests/test_peers.py."""
+    peers = modules["peers"]
+    monkeypatch.setattr(peers, "LAYERS", ((8, 14, 1), (16, 7, 1)))
+    monkeypatch.setattr(peers, "SHAPES", shapes := ((32, 8, 14, 14), (32, 16, 7, 7)))
+    monkeypatch.setattr(peers, "ROUNDS", 1)
+    seconds = peers.InCopies().setup_cache()
+    assert tuple(seconds) == shapes
+    for name in PEERS:
+        benchmark = getattr(peers, name)()
+        operations, _ = benchmark.params
+        for combination in itertools.product(operations, shapes):
+            try:
+                benchmark.setup(seconds, *combination)
+            except NotImplementedError:
+                assert name == "InPyTorch", "the yardsticks are always there"
+                with pytest.raises(ImportError):
+                    importlib.import_module("torch")
+            else:
+                assert 0 < benchmark.track_time(seconds, *combination) < np.inf
+
+
+def test_peers_compare_with_what_they_say(modules):
+    peers = modules["peers"]
+    assert sorted(peers.InPyTorch.params[0]) == sorted(op.key for op in _measure.OPERATIONS)
+    assert [(_measure.BATCH, c, s, s) for c, s, _ in peers.LAYERS] == list(peers.SHAPES)
+    (shape, *_) = peers.SHAPES
+    calls = {f"{who} {op}": n for who, n in (("fastbn", 6.0), ("PyTorch", 12.0)) for op in peers.InPyTorch.params[0]}
+    seconds = {shape: {"copy": 2.0, "triad": 3.0, **calls}}
+    found = {
+        op: [
+            cls().track_time(seconds, op, shape) if op in (cls := getattr(peers, name)).params[0] else None
+            for name in PEERS
+        ]
+        for op in peers.InPyTorch.params[0]
+    }
+    assert found == {
+        "train forward NCHW": [3.0, None, 0.5],
+        "train forward NHWC": [3.0, None, 0.5],
+        "backward NCHW": [None, 2.0, 0.5],
+        "backward NHWC": [None, 2.0, 0.5],
+        "inference NCHW": [3.0, None, 0.5],
+        "inference NHWC": [3.0, None, 0.5],
+    }
+    without = {shape: {k: v for k, v in seconds[shape].items() if not k.startswith("PyTorch")}}
+    with pytest.raises(NotImplementedError):
+        peers.InPyTorch().setup(without, "backward NCHW", shape)
 
 
 def test_importing_the_benchmarks_loads_no_numba():

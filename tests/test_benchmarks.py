@@ -1,6 +1,7 @@
 """Every asv benchmark computes what its name says: none times the wrong thing."""
 
 import importlib
+import importlib.util
 import inspect
 import itertools
 import os
@@ -250,56 +251,48 @@ def test_memory_skips_where_it_cannot_be_read(modules, monkeypatch, tmp_path):
         modules["memory"].Peak().setup("backward, out=", "NCHW")
 
 
-PEERS = ("InCopies", "InTriads", "InPyTorch")
-
-
 def test_peers_are_measured(modules, monkeypatch):
     """What is measured is right: tests/test_main.py and tests/test_peers.py."""
     peers = modules["peers"]
     monkeypatch.setattr(peers, "LAYERS", ((8, 14, 1), (16, 7, 1)))
     monkeypatch.setattr(peers, "SHAPES", shapes := ((32, 8, 14, 14), (32, 16, 7, 7)))
     monkeypatch.setattr(peers, "ROUNDS", 1)
+    monkeypatch.setattr(peers, "keep_freed_memory", lambda: None)  # it would for the tests that follow
     seconds = peers.InCopies().setup_cache()
     assert tuple(seconds) == shapes
-    for name in PEERS:
-        benchmark = getattr(peers, name)()
-        operations, _ = benchmark.params
-        for combination in itertools.product(operations, shapes):
-            try:
-                benchmark.setup(seconds, *combination)
-            except NotImplementedError:
-                assert name == "InPyTorch", "the yardsticks are always there"
-                with pytest.raises(ImportError):
-                    importlib.import_module("torch")
-            else:
-                assert 0 < benchmark.track_time(seconds, *combination) < np.inf
+    for cls in (peers.InCopies, peers.InTriads):
+        for operation, shape in itertools.product(cls.params[0], shapes):
+            assert 0 < cls().track_time(seconds, operation, shape) < np.inf
+    for operation in peers.InPyTorch.params[0]:
+        try:
+            peers.InPyTorch().setup(seconds, operation)
+        except NotImplementedError:
+            assert importlib.util.find_spec("torch") is None
+        else:
+            assert 0 < peers.InPyTorch().track_time(seconds, operation) < np.inf
 
 
 def test_peers_compare_with_what_they_say(modules):
     peers = modules["peers"]
-    assert sorted(peers.InPyTorch.params[0]) == sorted(op.key for op in _measure.OPERATIONS)
+    operations = [op.key for op in _measure.OPERATIONS]
+    assert sorted(peers.InPyTorch.params[0]) == sorted(operations)
+    assert sorted(peers.InCopies.params[0]) == sorted(op.key for op in _measure.OPERATIONS if op.tensors == 2)
+    assert sorted(peers.InTriads.params[0]) == sorted(op.key for op in _measure.OPERATIONS if op.tensors == 3)
     assert [(_measure.BATCH, c, s, s) for c, s, _ in peers.LAYERS] == list(peers.SHAPES)
-    (shape, *_) = peers.SHAPES
-    calls = {f"{who} {op}": n for who, n in (("fastbn", 6.0), ("PyTorch", 12.0)) for op in peers.InPyTorch.params[0]}
-    seconds = {shape: {"copy": 2.0, "triad": 3.0, **calls}}
-    found = {
-        op: [
-            cls().track_time(seconds, op, shape) if op in (cls := getattr(peers, name)).params[0] else None
-            for name in PEERS
-        ]
-        for op in peers.InPyTorch.params[0]
-    }
-    assert found == {
-        "train forward NCHW": [3.0, None, 0.5],
-        "train forward NHWC": [3.0, None, 0.5],
-        "backward NCHW": [None, 2.0, 0.5],
-        "backward NHWC": [None, 2.0, 0.5],
-        "inference NCHW": [3.0, None, 0.5],
-        "inference NHWC": [3.0, None, 0.5],
-    }
-    without = {shape: {k: v for k, v in seconds[shape].items() if not k.startswith("PyTorch")}}
-    with pytest.raises(NotImplementedError):
-        peers.InPyTorch().setup(without, "backward NCHW", shape)
+    one, two = {"copy": 2.0, "triad": 3.0}, {"copy": 4.0, "triad": 5.0}
+    for op in operations:
+        one |= {f"fastbn {op}": 6.0, f"PyTorch {op}": 10.0}
+        two |= {f"fastbn {op}": 20.0, f"PyTorch {op}": 42.0}
+    seconds = dict(zip(peers.SHAPES, (one, two), strict=False))
+    for op in operations:
+        assert peers.InPyTorch().setup(seconds, op) is None
+        assert peers.InPyTorch().track_time(seconds, op) == 0.5
+        ratios = ((peers.InCopies, [3.0, 5.0]), (peers.InTriads, [2.0, 4.0]))
+        for cls, expected in ratios:
+            assert [cls().track_time(seconds, op, shape) for shape in seconds] == expected
+        del two[f"PyTorch {op}"]
+        with pytest.raises(NotImplementedError):
+            peers.InPyTorch().setup(seconds, op)
 
 
 def test_importing_the_benchmarks_loads_no_numba():

@@ -99,7 +99,7 @@ BENCHMARKS = {
 # The others have tests of their own below.
 TIMERAW = {"startup.Import.timeraw_import_numpy", "startup.Import.timeraw_import_fastbn"}
 TIMERAW |= {"startup.FirstResult.timeraw_first_result"}
-TRACK = {"small_calls.AfterIdle.track_above_a_hot_call", "memory.Peak.track_above_the_arrays"}
+TRACK = {"small_calls.AfterIdle.track_call", "memory.Peak.track_above_the_arrays"}
 TRACK |= {f"peers.{cls}.track_time" for cls in ("InCopies", "InTriads", "InPyTorch")}
 
 
@@ -154,14 +154,19 @@ def small(values):
     return [(2, 3, 4, 5), (3, 2, 5, 4)] if (32, 64, 56, 56) in values else values
 
 
-def test_after_idle_times_a_forward(modules):
-    (values,) = modules["small_calls"].AfterIdle.params
+def test_after_idle_times_a_forward(modules, monkeypatch):
+    small_calls = modules["small_calls"]
+    monkeypatch.setattr(small_calls.time, "sleep", lambda seconds: naps.append(seconds))
+    naps = []
+    (values,) = small_calls.AfterIdle.params
     for shape in values:
         case = modules["forward"].case("NCHW", shape, "float32")
         case.out.fill(np.nan)
-        assert np.isfinite(modules["small_calls"].AfterIdle().track_above_a_hot_call(shape))
+        assert 0 < small_calls.AfterIdle().track_call(shape) < np.inf
+        assert set(naps) == {0.02}
         assert modules["forward"].case("NCHW", shape, "float32") is case, "it timed another case"
-        train(case, case.run())
+        expected = reference.train(case.x, case.gamma, case.beta)
+        reference.assert_within(case.out, expected.y, expected.budget, "y")
 
 
 def test_importing_is_what_is_timed(modules):

@@ -150,16 +150,16 @@ def _title(what):
 def tile_elements(grid):
     """Elements of each tile of a grid, in the order of the tiles."""
     if grid.runs:
-        outer, channels, inner, fused, per_tile, tiles = grid.sizes
-        if fused:
-            parts = np.full(channels, outer * inner)  # a tile is a few channels
+        outer, channels, inner, group, tiles = grid.sizes
+        if group:  # a tile is a few groups of channels
+            parts = np.minimum(group, channels - np.arange(0, channels, group)) * outer * inner
         else:  # a tile is a few segments of runs
             lengths = np.diff(np.append(np.arange(0, inner, SEGMENT), inner))
             parts = np.tile(lengths, outer * channels)
-        return np.add.reduceat(parts, np.arange(tiles) * per_tile)
+        return np.add.reduceat(parts, np.arange(tiles) * parts.size // tiles)
     # A tile is a block of rows of a strip of columns. The last row may not be full: then there is one strip.
-    total, width, _, inner, block, blocks, panel, panels, _ = grid.sizes
-    rows = np.diff(np.minimum(np.arange(blocks + 1) * block, total // width))  # full ones
+    total, width, _, inner, blocks, panel, panels, _ = grid.sizes
+    rows = np.diff(np.arange(blocks + 1) * (total // width) // blocks)  # full ones
     columns = np.diff(np.append(np.arange(panels) * panel * inner, width))
     elements = np.outer(rows, columns).reshape(-1)
     elements[-1] += total % width

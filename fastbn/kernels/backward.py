@@ -360,8 +360,8 @@ def backward_runs(dy, x, dx, state, eps, count, grads, frozen, overwritten, size
                 last = min((np.intp(t) + 1) * groups // tiles * group, channels)
                 fused_channels(first, last, dy, x, dx, point, count, grads, outer, channels, inner, group)
             else:
-                i = tiles - 1 - np.intp(t) if phase == WRITE else np.intp(t)  # the second pass goes back
-                segments_tile(phase, i, dy, x, dx, part, point, k, channels, inner, tiles)
+                tile = tiles - 1 - np.intp(t) if phase == WRITE else np.intp(t)  # the second pass goes back
+                segments_tile(phase, tile, dy, x, dx, part, point, k, channels, inner, tiles)
         if phase == FUSED or phase == WRITE:
             break
         finish_sums(part, pieces, point, grads, ZERO, channels)
@@ -446,8 +446,8 @@ def backward_rows(dy, x, dx, state, eps, count, grads, frozen, overwritten, size
                 last = min(first + panel, channels)
                 fused_strip(first, last, dy, x, dx, point, count, grads, outer, channels * inner, inner)
             else:
-                i = tiles - 1 - np.intp(t) if phase == WRITE else np.intp(t)  # the second pass goes back
-                rows_tile(phase, i, dy, x, dx, columns, part, k_columns, sizes)
+                tile = tiles - 1 - np.intp(t) if phase == WRITE else np.intp(t)  # the second pass goes back
+                rows_tile(phase, tile, dy, x, dx, columns, part, k_columns, sizes)
         if phase == FUSED or phase == WRITE:
             break
         fold_columns(part, blocks, width, channels, inner, sums)

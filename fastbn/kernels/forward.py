@@ -128,8 +128,8 @@ def forward_runs(x, y, state, eps, count, measure, write, sizes):
                 last = min((np.intp(t) + 1) * groups // tiles * group, channels)
                 fused_channels(first, last, x, y, state, eps, count, write, outer, channels, inner, group)
             else:
-                i = tiles - 1 - np.intp(t) if phase == WRITE and measure else np.intp(t)  # the second pass goes back
-                segments_tile(phase, i, x, y, part, pivot, k, channels, inner, tiles)
+                tile = tiles - 1 - np.intp(t) if phase == WRITE and measure else np.intp(t)  # the second pass goes back
+                segments_tile(phase, tile, x, y, part, pivot, k, channels, inner, tiles)
         if phase != SUMS:
             break
         if settle(part, pieces, channels, pivot, channels, count, state, ZERO, final):
@@ -277,8 +277,8 @@ def forward_rows(x, y, state, eps, count, measure, write, sizes):
                 last = min(first + panel, channels)
                 fused_strip(first, last, x, y, state, eps, count, measure, write, outer, channels * inner, inner)
             else:
-                i = tiles - 1 - np.intp(t) if phase == WRITE and measure else np.intp(t)  # the second pass goes back
-                rows_tile(phase, i, x, y, columns, part, k_columns, sizes)
+                tile = tiles - 1 - np.intp(t) if phase == WRITE and measure else np.intp(t)  # the second pass goes back
+                rows_tile(phase, tile, x, y, columns, part, k_columns, sizes)
         if phase != SUMS:
             break
         fold_columns(part, blocks, width, channels, inner, sums)

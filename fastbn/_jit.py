@@ -28,12 +28,17 @@ __all__ = ["Kernel", "elementwise", "exact", "kernel", "prange", "reduction"]
 # stop vectorization; `nogil`: other Python threads go on.
 _common: dict[str, Any] = {"error_model": "numpy", "nogil": True}
 
+# Leaves are called by kernels alone: what Python would need to call them is not compiled.
+_leaf: dict[str, Any] = {**_common, "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
+# The innermost allocate nothing, so nothing counts references there; it would once per run, at the cost of a short one.
+_innermost: dict[str, Any] = {**_leaf, "_nrt": False}
+
 #: For a sum whose last bits do not matter (the yardsticks). Those that do are spelled out in lanes: `kernels.lanes`.
-reduction = njit(fastmath={"reassoc", "nsz", "contract"}, **_common, _nrt=False)
-#: For leaves: multiply and add in one rounding, no other freedom.
-elementwise = njit(fastmath={"contract"}, **_common, _nrt=False)
+reduction = njit(fastmath={"reassoc", "nsz", "contract"}, **_innermost)
+#: For innermost loops: multiply and add in one rounding, no other freedom.
+elementwise = njit(fastmath={"contract"}, **_innermost)
 #: For merges and everything else whose order of operations is part of the result.
-exact = njit(**_common)
+exact = njit(**_leaf)
 
 # Only `prange` becomes parallel. Numba would also split, fuse and reorder whole-array expressions.
 _prange_only = {

@@ -17,7 +17,7 @@ and x twice, the second time from the end. dx may be dy.
 import numpy as np
 
 from .._jit import elementwise, exact, kernel, prange
-from .forward import FUSED, ONE, SUMS, WRITE, ZERO, fold_columns, spread
+from .forward import FUSED, NO, ONE, SUMS, WRITE, ZERO, fold_columns, spread
 from .grid import AHEAD, SEGMENT
 from .lanes import (
     LANES,
@@ -119,48 +119,11 @@ def dx_run(dy, x, dx, low, high, scale, weight, slope, centre, shift):
 
 
 @elementwise
-def group_products(dy, x, j, outer, stride, inner, up, point, first, group, lanes, sums):
-    """Set `sums` to sum(dy) of `group` channels, then sum(dy * (x - centre)): see the forward's `group_sums`.
+def sum_group(dy, x, dx, i, j, outer, stride, inner, up, write, k5, point, first, group, lanes, sums):
+    """Set `sums` to sum(dy) of `group` channels, then sum(dy * (x - centre)), and `write` dx: as in the forward.
 
-    Their centres start at point[first].
-    """
-    apart()
-    row, step = group * inner, stride if up else -stride
-    for c in range(2 * group):
-        sums[c] = 0.0
-        store(lanes, c * LANES, zeros())
-    often = max(1, SEGMENT // inner)
-    for m in range(outer):
-        b = j + (m if up else outer - 1 - m) * stride
-        settled = m % often == often - 1 or m == outer - 1
-        for c in range(group):
-            centre = point[first + c]
-            for low in range(c * inner, (c + 1) * inner, SEGMENT):
-                ss, qq = load64(lanes, 2 * c * LANES), load64(lanes, (2 * c + 1) * LANES)
-                high = min(low + SEGMENT, (c + 1) * inner)
-                whole = high - (high - low) % LANES
-                for k in range(low, whole, LANES):
-                    far = b + ahead(k, row, step)
-                    prefetch(x, far)
-                    prefetch(dy, far)
-                    g = load64(dy, b + k)
-                    ss, qq = plus(ss, g), muladd(g, minus(load64(x, b + k), centre), qq)
-                if whole < high:
-                    g = load64_part(dy, b + whole, high - whole)
-                    ss, qq = plus(ss, g), muladd(g, minus(load64_part(x, b + whole, high - whole), centre), qq)
-                if settled:
-                    sums[c] += total(ss)
-                    sums[group + c] += total(qq)
-                    ss, qq = zeros(), zeros()
-                store(lanes, 2 * c * LANES, ss)
-                store(lanes, (2 * c + 1) * LANES, qq)
-
-
-@elementwise
-def dx_group_ahead(dy, x, dx, i, j, outer, stride, inner, up, k5, point, first, group, lanes, sums):
-    """Write dx of the channels that start at i and, in the same loop, take `group_products` of those at j.
-
-    k5 are the coefficients of the former by `dx_coefficients`, the centres of the latter start at point[first].
+    The centres of those that are summed, from element j on, start at point[first]. dx is written of those that start at
+    i, whose coefficients by `dx_coefficients` are k5.
     """
     apart()
     row, step = group * inner, stride if up else -stride
@@ -184,18 +147,20 @@ def dx_group_ahead(dy, x, dx, i, j, outer, stride, inner, up, k5, point, first, 
                     far = ahead(k, row, step)
                     prefetch(x, b + far)
                     prefetch(dy, b + far)
-                    prefetch(dx, a + far)
                     g = load64(dy, b + k)
                     ss, qq = plus(ss, g), muladd(g, minus(load64(x, b + k), ahead_centre), qq)
-                    xhat = times(minus(load(x, a + k), centre), slope)
-                    store(dx, a + k, muladd(load(dy, a + k), scale, muladd(xhat, weight, shift)))
+                    if write:
+                        prefetch(dx, a + far)
+                        xhat = times(minus(load(x, a + k), centre), slope)
+                        store(dx, a + k, muladd(load(dy, a + k), scale, muladd(xhat, weight, shift)))
                 if whole < high:
                     rest = high - whole
                     g = load64_part(dy, b + whole, rest)
                     ss, qq = plus(ss, g), muladd(g, minus(load64_part(x, b + whole, rest), ahead_centre), qq)
-                    xhat = times(minus(load_part(x, a + whole, rest), centre), slope)
-                    new = muladd(load_part(dy, a + whole, rest), scale, muladd(xhat, weight, shift))
-                    store_part(dx, a + whole, rest, new)
+                    if write:
+                        xhat = times(minus(load_part(x, a + whole, rest), centre), slope)
+                        new = muladd(load_part(dy, a + whole, rest), scale, muladd(xhat, weight, shift))
+                        store_part(dx, a + whole, rest, new)
                 if settled:
                     sums[c] += total(ss)
                     sums[group + c] += total(qq)
@@ -304,17 +269,16 @@ def fused_channels(first, last, dy, x, dx, point, count, grads, outer, channels,
     for c in range(first - group, last, group):
         now, then = min(group, last - c), min(group, last - c - group)
         up = (c // group) % 2 != 0
+        i, j = c * inner, (c + group) * inner
         summed = False
         if c >= first:
             finish_sums(sums, ONE, point, grads, c, now)
-            dx_coefficients(point, grads, count, c, now, k, False)
-            summed = then == now  # else the group is summed once more, in vain: the same loop writes it
-            n = c + group if summed else c
-            i, j = c * inner, n * inner
-            dx_group_ahead(dy, x, dx, i, j, outer, stride, inner, up, k, point, n, now, lanes, sums)
+            dx_coefficients(point, grads, count, c, now, k, NO)
+            summed = then == now  # else the group is summed once more, in vain: it is the same loop
+            n, b = (c + group, j) if summed else (c, i)
+            sum_group(dy, x, dx, i, b, outer, stride, inner, up, True, k, point, n, now, lanes, sums)
         if then > 0 and not summed:
-            n = c + group
-            group_products(dy, x, n * inner, outer, stride, inner, up, point, n, then, lanes, sums)
+            sum_group(dy, x, dx, j, j, outer, stride, inner, up, False, k, point, c + group, then, lanes, sums)
 
 
 @exact
@@ -389,7 +353,7 @@ def fused_strip(first, last, dy, x, dx, point, count, grads, outer, stride, inne
     block_products(dy, x, start, outer, stride, width, columns, ZERO, part, ZERO, width)
     fold_columns(part, ONE, width, number, inner, sums)
     finish_sums(sums, ONE, point, grads, first, number)
-    dx_coefficients(point, grads, count, first, number, k, False)
+    dx_coefficients(point, grads, count, first, number, k, NO)
     for i in range(5):
         spread(k, i * number, number, inner, k_columns, i * width, width)
     dx_rows(dy, x, dx, start, outer, stride, width, k_columns, ZERO, width, 2 * width, 3 * width, 4 * width)

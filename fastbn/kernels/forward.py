@@ -18,18 +18,18 @@ from .lanes import LANES, apart, compact, load, plus, store
 from .leaves import (
     affine,
     block_sums,
-    group_sums,
-    normalize_group_ahead,
     normalize_rows,
     normalize_run,
     run_sums,
     settle,
+    sum_group,
 )
 
 FUSED, SUMS, WRITE = 0, 1, 2  # what a parallel region does with each of its tiles
 
 # Typed: for a literal in their place Numba would compile the called function once more.
 ZERO, ONE = np.intp(0), np.intp(1)
+NO = np.bool_(False)
 
 PIVOT_RUN = 256  # elements of a long run whose mean is the pivot
 PIVOT_ROWS = 16  # values of a channel, taken from the first rows, for the same
@@ -77,10 +77,10 @@ def fused_channels(first, last, x, y, state, eps, count, write, outer, channels,
         if write and c >= first:
             summed = then == now
             affine(state, eps, count, c, now, k)
-            normalize_group_ahead(x, y, i, j if summed else i, outer, stride, inner, up, k, pivot, now, lanes, sums)
+            sum_group(x, y, i, j if summed else i, outer, stride, inner, up, True, k, pivot, now, lanes, sums)
         for attempt in range(2 if then > 0 else 0):
             if attempt == 1 or not summed:
-                group_sums(x, j, outer, stride, inner, up, pivot, then, lanes, sums)
+                sum_group(x, y, j, j, outer, stride, inner, up, False, k, pivot, then, lanes, sums)
             if settle(sums, ONE, then, pivot, then, count, state, c + group, attempt == 1):
                 break
 

@@ -176,49 +176,16 @@ def normalize_run(x, y, low, high, centre, scale, shift):
 
 
 @elementwise
-def group_sums(x, j, outer, stride, inner, up, pivot, group, lanes, sums):
-    """Set `sums` to s of `group` consecutive channels, of which x[j] is the first value, then to their q.
+def sum_group(x, y, i, j, outer, stride, inner, up, write, k3, pivot, group, lanes, sums):
+    """Set `sums` to s of `group` consecutive channels, then to their q, and in the same loop `write` y of other ones.
 
-    Each of the `outer` samples, `stride` apart and taken `up` or down, has the runs of `inner` elements of these
-    channels side by side. `lanes` is room for the sixteen partial sums of every s and q.
-    """
-    apart()
-    row, step = group * inner, stride if up else -stride
-    for c in range(2 * group):
-        sums[c] = 0.0
-        store(lanes, c * LANES, zeros())
-    often = max(1, SEGMENT // inner)
-    for m in range(outer):
-        b = j + (m if up else outer - 1 - m) * stride
-        settled = m % often == often - 1 or m == outer - 1
-        for c in range(group):
-            p = pivot[c]
-            for low in range(c * inner, (c + 1) * inner, SEGMENT):
-                ss, qq = load64(lanes, 2 * c * LANES), load64(lanes, (2 * c + 1) * LANES)
-                high = min(low + SEGMENT, (c + 1) * inner)
-                whole = high - (high - low) % LANES
-                for k in range(low, whole, LANES):
-                    prefetch(x, b + ahead(k, row, step))
-                    d = minus(load64(x, b + k), p)
-                    ss, qq = plus(ss, d), muladd(d, d, qq)
-                if whole < high:
-                    d = only(minus(load64_part(x, b + whole, high - whole), p), high - whole)
-                    ss, qq = plus(ss, d), muladd(d, d, qq)
-                if settled:
-                    sums[c] += total(ss)
-                    sums[group + c] += total(qq)
-                    ss, qq = zeros(), zeros()
-                store(lanes, 2 * c * LANES, ss)
-                store(lanes, (2 * c + 1) * LANES, qq)
+    x[j] is the first value of those that are summed. Each of the `outer` samples, `stride` apart and taken `up` or
+    down, has the runs of `inner` elements of the group side by side. `lanes` is room for the sixteen partial sums of
+    every s and q. y is written of the channels that start at i, whose coefficients by `affine` are k3. `write` is a
+    literal, for which Numba compiles a function of its own: a test in the loop costs 3 %, at 7 x 7 a tenth.
 
-
-@elementwise
-def normalize_group_ahead(x, y, i, j, outer, stride, inner, up, k3, pivot, group, lanes, sums):
-    """Write y of the channels that start at i and, in the same loop, take `group_sums` of those at j.
-
-    k3 are their coefficients by `affine`. Writing some channels while reading the next keeps both directions of memory
-    busy: the training forward takes 1.2 times a copy where one after the other takes 1.6. Alternating between the two
-    by blocks gains nothing.
+    Writing some channels while reading the next keeps both directions of memory busy: the training forward takes 1.2
+    times a copy where one after the other takes 1.6. Alternating between the two by blocks gains nothing.
     """
     apart()
     row, step = group * inner, stride if up else -stride
@@ -239,13 +206,16 @@ def normalize_group_ahead(x, y, i, j, outer, stride, inner, up, k3, pivot, group
                 for k in range(low, whole, LANES):
                     far = ahead(k, row, step)
                     prefetch(x, b + far)
-                    prefetch(y, a + far)
-                    store(y, a + k, muladd(minus(load(x, a + k), centre), scale, shift))
+                    if write:
+                        prefetch(y, a + far)
+                        store(y, a + k, muladd(minus(load(x, a + k), centre), scale, shift))
                     d = minus(load64(x, b + k), p)
                     ss, qq = plus(ss, d), muladd(d, d, qq)
                 if whole < high:
                     rest = high - whole
-                    store_part(y, a + whole, rest, muladd(minus(load_part(x, a + whole, rest), centre), scale, shift))
+                    if write:
+                        new = muladd(minus(load_part(x, a + whole, rest), centre), scale, shift)
+                        store_part(y, a + whole, rest, new)
                     d = only(minus(load64_part(x, b + whole, rest), p), rest)
                     ss, qq = plus(ss, d), muladd(d, d, qq)
                 if settled:

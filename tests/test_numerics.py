@@ -201,6 +201,15 @@ def test_nan_and_inf_do_what_the_formula_says(rng, dtype, shape):
     np.testing.assert_array_equal(z, x)
 
 
+@pytest.mark.parametrize("shape", [(5, 2), (5, 2, 16), (9, 2, 40), (70, 2, 5)])
+def test_an_infinite_running_mean_is_no_nan(shape):
+    """In the frozen dgamma = sum(dy * (x - mean)) * invstd, whatever is left over after whole vectors."""
+    saved = fastbn.Saved.fixed(np.ones(shape), mean=[np.inf, 0], var=1, eps=0)
+    _, dgamma, dbeta = fastbn.batch_norm_backward(np.ones(shape), saved)
+    np.testing.assert_array_equal(dgamma, [-np.inf, saved.count])
+    np.testing.assert_array_equal(dbeta, saved.count)
+
+
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_subnormal_input(rng, dtype):
     tiny = np.finfo(dtype).smallest_subnormal

@@ -29,6 +29,7 @@ from .lanes import (
     load_part,
     minus,
     muladd,
+    only,
     plus,
     prefetch,
     store,
@@ -56,8 +57,10 @@ def run_products(dy, x, low, high, centre):
         g = load64(dy, i)
         ss, qq = plus(ss, g), muladd(g, minus(load64(x, i), centre), qq)
     if whole < high:
-        g = load64_part(dy, whole, high - whole)
-        ss, qq = plus(ss, g), muladd(g, minus(load64_part(x, whole, high - whole), centre), qq)
+        rest = high - whole
+        g = load64_part(dy, whole, rest)
+        d = only(minus(load64_part(x, whole, rest), centre), rest)  # a given mean may be infinite, and 0 * inf is NaN
+        ss, qq = plus(ss, g), muladd(g, d, qq)
     return total(ss), total(qq)
 
 

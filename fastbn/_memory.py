@@ -159,7 +159,8 @@ class Target:
         if is_dense(x, lay) and (same or not convert):
             return flat(x, lay)
         if same or convert:
-            np.copyto(self._dense, x, casting="same_kind")
+            with np.errstate(all="ignore"):  # what the target's dtype cannot hold is infinite or 0, as in the kernels
+                np.copyto(self._dense, x, casting="same_kind")
             return self.flat
         return source(x, lay)
 

@@ -239,7 +239,8 @@ def batch_norm_backward(dy: npt.ArrayLike, saved: "Saved", *, out: Array | None 
             kernel, lay.size, given, source(x, lay), target.flat, saved._state, saved.eps, saved._divisor, grads,
             saved.frozen, saved._overwritten, grid.sizes,
         )  # fmt: skip
-    dgamma, dbeta = (g.reshape(lay.channel_shape).astype(d) for g, d in zip(grads, saved._dtypes, strict=True))
+    with np.errstate(all="ignore"):  # dx is written: a sum beyond float32 is infinite, as it is there
+        dgamma, dbeta = (g.reshape(lay.channel_shape).astype(d) for g, d in zip(grads, saved._dtypes, strict=True))
     return target.finish(), dgamma, dbeta
 
 

@@ -210,6 +210,17 @@ def test_an_infinite_running_mean_is_no_nan(shape):
     np.testing.assert_array_equal(dbeta, saved.count)
 
 
+@pytest.mark.parametrize("size", [1e300, 1e38, 1e-300])
+def test_gradients_beyond_float32_raise_nothing(size):
+    """Neither dy nor the sums: as in a kernel they are infinite or 0, not an exception with dx half written."""
+    x = np.array([[1.0], [2.0], [4.0], [5.0]], "float32")
+    _, saved = fastbn.batch_norm_train(x)
+    with np.errstate(all="raise"):
+        _, dgamma, dbeta = fastbn.batch_norm_backward(np.full(x.shape, size), saved, out=np.empty_like(x))
+    assert dgamma.dtype == dbeta.dtype == np.float32
+    assert dbeta[0] == (np.inf if size > 1 else 0)
+
+
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_subnormal_input(rng, dtype):
     tiny = np.finfo(dtype).smallest_subnormal

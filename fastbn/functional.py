@@ -314,7 +314,7 @@ class Saved:
     @property
     def mean(self) -> Array:
         """Mean per channel, float64."""
-        mean: Array = self._state[0].reshape(self._layout.channel_shape)
+        mean: Array = self._state[0].reshape(self._layout.channel_shape).copy()
         return mean
 
     @property

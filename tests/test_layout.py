@@ -235,6 +235,17 @@ def test_what_is_saved_does_not_follow_the_parameters(rng):
         np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.parametrize("fixed", [True, False])
+def test_what_is_read_from_saved_may_be_changed(rng, fixed):
+    d = CASE.data(rng, "float32")
+    saved = fastbn.Saved.fixed(d.x, d.mean, d.var) if fixed else fastbn.batch_norm_train(d.x)[1]
+    expected = fastbn.batch_norm_backward(d.dy, saved)
+    for a in (saved.mean, saved.var, saved.moments.mean, saved.moments.m2):
+        a += 1
+    for a, b in zip(fastbn.batch_norm_backward(d.dy, saved), expected, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
 @pytest.mark.filterwarnings("ignore:the matrix subclass:PendingDeprecationWarning")
 @pytest.mark.parametrize("verb", ["batch_norm", "batch_norm_train", "batch_norm_backward"])
 def test_out_of_a_subclass_that_stays_two_dimensional(rng, verb):

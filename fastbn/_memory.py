@@ -23,7 +23,9 @@ POOLED = 1 << 22
 
 ALIGNMENT = 64
 
-_free: deque["_Buffer"] = deque()  # idle buffers, the latest first; deque operations are atomic
+# Idle buffers, the latest first. Its own operations are atomic, and so is list(_free); tuple(_free) is not, because
+# Python 3.11 may collect garbage within it, which appends what it finds.
+_free: deque["_Buffer"] = deque()
 _limit = 1 << 29
 
 
@@ -55,7 +57,7 @@ class _Lease:
 
 def _trim(limit: int) -> None:
     """Let idle buffers go, the oldest first, until those that stay have at most `limit` bytes."""
-    while sum(b.memory.size for b in tuple(_free)) > limit:
+    while sum(b.memory.size for b in list(_free)) > limit:
         try:
             _free.pop()
         except IndexError:  # another thread was quicker
@@ -64,7 +66,7 @@ def _trim(limit: int) -> None:
 
 def _lease(size: int) -> Array:
     """`size` bytes that belong to nobody else."""
-    for buffer in tuple(_free):
+    for buffer in list(_free):
         if size <= buffer.memory.size <= size + size // 4:
             try:
                 _free.remove(buffer)  # by identity

@@ -145,6 +145,27 @@ def test_threads_never_get_one_buffer_twice(x):
     assert not wrong
 
 
+def test_a_garbage_collection_during_a_lease(pool):
+    """It may return the buffer of an output that lay in a cycle, while the idle ones are looked through."""
+    thresholds = gc.get_threshold()
+    try:
+        for allocations in range(20):
+            gc.disable()
+            gc.collect()
+            fastbn.empty_pool()
+            leased = [_memory._lease(1000) for _ in range(25)]
+            cycle = [leased.pop()]
+            cycle.append(cycle)
+            del cycle, leased
+            assert len(pool) == 24
+            gc.set_threshold(gc.get_count()[0] + allocations)  # the collection comes after so many
+            gc.enable()
+            _memory._lease(9)
+    finally:
+        gc.set_threshold(*thresholds)
+        gc.enable()
+
+
 @pytest.mark.parametrize(("value", "error"), [(-1, ValueError), ("much", TypeError), (1.5, TypeError)])
 def test_bad_limits(value, error):
     with pytest.raises(error, match="set_pool_limit: nbytes is"):

@@ -100,7 +100,7 @@ BENCHMARKS = {
 TIMERAW = {"startup.Import.timeraw_import_numpy", "startup.Import.timeraw_import_fastbn"}
 TIMERAW |= {"startup.FirstResult.timeraw_first_result"}
 TRACK = {"small_calls.AfterIdle.track_call", "memory.Peak.track_above_the_arrays"}
-TRACK |= {f"peers.{cls}.track_time" for cls in ("InCopies", "InTriads", "InPyTorch")}
+TRACK |= {f"peers.{cls}.track_time" for cls in ("InCopies", "InTriads", "InPyTorch", "FreshOverGiven")}
 
 
 def classes(modules):
@@ -268,6 +268,8 @@ def test_peers_are_measured(modules, monkeypatch):
     for cls in (peers.InCopies, peers.InTriads):
         for operation, shape in itertools.product(cls.params[0], shapes):
             assert 0 < cls().track_time(seconds, operation, shape) < np.inf
+    for operation in peers.FreshOverGiven.params[0]:
+        assert 0 < peers.FreshOverGiven().track_time(seconds, operation) < np.inf
     for operation in peers.InPyTorch.params[0]:
         try:
             peers.InPyTorch().setup(seconds, operation)
@@ -284,14 +286,16 @@ def test_peers_compare_with_what_they_say(modules):
     assert sorted(peers.InCopies.params[0]) == sorted(op.key for op in _measure.OPERATIONS if op.tensors == 2)
     assert sorted(peers.InTriads.params[0]) == sorted(op.key for op in _measure.OPERATIONS if op.tensors == 3)
     assert [(_measure.BATCH, c, s, s) for c, s, _ in peers.LAYERS] == list(peers.SHAPES)
+    assert sorted(peers.FreshOverGiven.params[0]) == sorted(operations)
     one, two = {"copy": 2.0, "triad": 3.0}, {"copy": 4.0, "triad": 5.0}
     for op in operations:
-        one |= {f"fastbn {op}": 6.0, f"PyTorch {op}": 10.0}
-        two |= {f"fastbn {op}": 20.0, f"PyTorch {op}": 42.0}
+        one |= {f"fastbn {op}": 6.0, f"fastbn fresh {op}": 3.0, f"PyTorch {op}": 10.0}
+        two |= {f"fastbn {op}": 20.0, f"fastbn fresh {op}": 36.0, f"PyTorch {op}": 42.0}
     seconds = dict(zip(peers.SHAPES, (one, two), strict=False))
     for op in operations:
         assert peers.InPyTorch().setup(seconds, op) is None
         assert peers.InPyTorch().track_time(seconds, op) == 0.5
+        assert peers.FreshOverGiven().track_time(seconds, op) == 1.5
         ratios = ((peers.InCopies, [3.0, 5.0]), (peers.InTriads, [2.0, 4.0]))
         for cls, expected in ratios:
             assert [cls().track_time(seconds, op, shape) for shape in seconds] == expected

@@ -71,6 +71,14 @@ def test_scaling_prints_growth_and_threads():
         assert min(figures(rows)) > 0
 
 
+def test_scaling_compares_fresh_outputs_with_given_ones():
+    ((title, rows),), _ = tables("scaling", "--only", "outputs")
+    assert "without out=, over with it" in title
+    assert names(rows) == ["1", "5"]
+    assert len(figures(rows)) == 4
+    assert min(figures(rows)) > 0
+
+
 def test_scaling_has_nothing_to_compare_with_one_thread():
     found, printed = tables("scaling", "--only", "threads", NUMBA_NUM_THREADS="1")
     assert not found

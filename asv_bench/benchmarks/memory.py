@@ -1,6 +1,6 @@
 """The most memory that a call needs beside its arrays: next to nothing with `out=`, else the output.
 
-The kernel keeps the highest resident size of a process; writing 5 to clear_refs lowers that mark to the size of now.
+Linux keeps the highest resident size of a process; writing 5 to clear_refs lowers that mark to the size of now.
 The peaks of compiling and of building the arrays are forgotten so, as they are not in `ru_maxrss`.
 """
 
@@ -25,7 +25,7 @@ def high_water():
 
 
 def peak(call):
-    """Bytes by which the process grew at most during a call; to whole MiB, for the kernel's count is not exact."""
+    """Bytes by which the process grew at most during a call; to whole MiB, for Linux's count is not exact."""
     (PROC / "clear_refs").write_text("5")
     before = high_water()
     call()

@@ -59,6 +59,18 @@ class InTriads(_Figures):
         return seconds[shape][f"fastbn {operation}"] / seconds[shape]["triad"]
 
 
+class FreshOverGiven(_Figures):
+    """Without `out=` over with it: 1 as long as outputs are recycled."""
+
+    params = ((*ONE_READ, *TWO_READS),)
+    param_names = ("operation",)
+    unit = "times out="
+
+    def track_time(self, seconds, operation):
+        own, given = (sum(s[f"{who} {operation}"] for s in seconds.values()) for who in ("fastbn fresh", "fastbn"))
+        return own / given
+
+
 class InPyTorch(_Figures):
     """fastbn into given arrays, PyTorch with fresh outputs; the same number of threads.
 

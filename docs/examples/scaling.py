@@ -3,6 +3,7 @@
 growth    time per byte of x from 1 MB to 1 GB, the worst over the best of it past the caches, and the same in units of
           a copy of that size
 threads   how much faster all threads are than one, from 1 MB to 100 MB; a copy shows what memory allows
+outputs   what a fresh output costs beside a given one, at 25 and 100 MB, when it is dropped and when ten are kept
 balance   no measurement: how evenly the tiles of ResNet-50's 53 layers fall to 1, 2, 4, 16 and 64 threads, counted in
           elements, so that what two channels share a pipeline for is not seen
 
@@ -11,6 +12,8 @@ It takes about a minute and 4.2 GB of memory.
     python docs/examples/scaling.py
     python docs/examples/scaling.py --only balance --markdown
 """
+
+from collections import deque
 
 import numpy as np
 import report
@@ -26,6 +29,8 @@ CHANNELS, SIDE = 64, 56
 SAMPLE_BYTES = 4 * CHANNELS * SIDE**2
 GROWTH_MB = (1, 4, 16, 64, 256, 1024)
 THREADS_MB = (1, 3, 10, 30, 100)
+OUTPUTS_MB = (25, 100)
+KEPT = 10  # outputs that a loop may keep alive
 GROWTH_GOAL = 1.3  # worst over best time per byte, from the size on where a copy's own are that close
 ROUND_BYTES = 10_000_000  # smaller arrays are repeated until one timing has read this much
 TOTAL_BYTES = 2_000_000_000  # larger arrays get fewer rounds
@@ -140,6 +145,26 @@ def print_threads(sizes, rounds, markdown):
     report.table(["MB", "copy GB/s, 1", f"{threads}", *map(_title, names)], rows, markdown)
 
 
+def print_outputs(sizes, rounds, markdown):
+    """A training forward into a given array, into a fresh one, and with the last ten outputs kept."""
+    rows = []
+    for mb in sizes:
+        x, _, y, _ = buffers(mb)
+        x, y = (a.reshape(-1, CHANNELS, SIDE, SIDE) for a in (x, y))
+        kept = deque(maxlen=KEPT)
+        timed = {
+            "given": lambda x=x, y=y: fastbn.batch_norm_train(x, out=y),
+            "fresh": lambda x=x: fastbn.batch_norm_train(x),
+            "kept": lambda x=x, kept=kept: kept.append(fastbn.batch_norm_train(x)[0]),
+        }
+        for _ in range(KEPT + 1):
+            timed["kept"]()
+        s = best_of(timed, rounds or 15)
+        rows.append([str(mb), *(f"{s[what] / s['given']:.2f}" for what in ("fresh", "kept"))])
+    print(f"Outputs: train forward NCHW without out=, over with it; dropped at once, and with the last {KEPT} kept.\n")
+    report.table(["MB", "dropped", f"{KEPT} kept"], rows, markdown)
+
+
 def _title(what):
     return what if isinstance(what, str) else " ".join(what)
 
@@ -213,15 +238,17 @@ def print_balance(markdown):
 def main(argv=None):
     """Measure or simulate, and print."""
     parser = report.parser(__doc__)
-    parser.add_argument("--only", choices=("growth", "threads", "balance"), help="one of the three")
+    parser.add_argument("--only", choices=("growth", "threads", "outputs", "balance"), help="one of the four")
     options = parser.parse_args(argv)
-    sizes, rounds = {"growth": GROWTH_MB, "threads": THREADS_MB}, None
+    sizes, rounds = {"growth": GROWTH_MB, "threads": THREADS_MB, "outputs": OUTPUTS_MB}, None
     if options.quick:
-        sizes, rounds = {"growth": (1, 4), "threads": (1, 3)}, 2
+        sizes, rounds = {"growth": (1, 4), "threads": (1, 3), "outputs": (1, 5)}, 2
     if options.only in (None, "growth"):
         print_growth(sizes["growth"], rounds, options.markdown)
     if options.only in (None, "threads"):
         print_threads(sizes["threads"], rounds, options.markdown)
+    if options.only in (None, "outputs"):
+        print_outputs(sizes["outputs"], rounds, options.markdown)
     if options.only in (None, "balance"):
         print_balance(options.markdown)
     print(report.environment())

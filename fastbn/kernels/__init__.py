@@ -1,4 +1,6 @@
-"""The compiled loops: `forward` (statistics and normalization), `backward`, over the tiles of `grid`.
+"""The compiled loops: `forward` (statistics and normalization) and `backward`, over the tiles of `grid`.
+
+`leaves` and `lanes` are what they are made of, `yardsticks` what they are measured by.
 
 The contract of every kernel:
 
@@ -7,7 +9,9 @@ The contract of every kernel:
 2. It writes its outputs and nothing else, and allocates nothing larger than a few numbers per channel and tile.
 3. A `prange` body holds index arithmetic and calls to serial leaves, nothing else: the same loop inside the `prange`
    body ran at half the speed.
-4. Leaves loop as ``for i in range(run.size)`` over 1-d contiguous slices: with runtime bounds LLVM does not vectorize.
+4. Leaves walk flat arrays by positions, sixteen explicit lanes at a time, with a masked last piece (`lanes`): neither
+   vectors nor the order of a sum are left to LLVM. Only the yardsticks loop as ``for i in range(run.size)`` over
+   slices.
 5. Which numbers are summed together depends on the shape alone; partial sums, and the sixteen lanes of each (`lanes`),
    are added in a fixed order: the bits do not depend on the number of threads, nor on serial or parallel.
 6. Sums start at ``np.float64(0.0)``, so that the plain Python function computes the same.

@@ -123,7 +123,7 @@ def dx_run(dy, x, dx, low, high, scale, weight, slope, centre, shift):
 
 @elementwise
 def sum_group(dy, x, dx, i, j, outer, stride, inner, up, write, k5, point, first, group, lanes, sums):
-    """Set `sums` to sum(dy) of `group` channels, then sum(dy * (x - centre)), and `write` dx: as in the forward.
+    """Set `sums` to sum(dy) of `group` channels, then sum(dy * (x - centre)), and `write` dx: as `leaves.sum_group`.
 
     The centres of those that are summed, from element j on, start at point[first]. dx is written of those that start at
     i, whose coefficients by `dx_coefficients` are k5.
@@ -133,11 +133,11 @@ def sum_group(dy, x, dx, i, j, outer, stride, inner, up, write, k5, point, first
     for c in range(2 * group):
         sums[c] = 0.0
         store(lanes, c * LANES, zeros())
-    often = max(1, SEGMENT // inner)
+    often = max(1, SEGMENT // inner)  # samples, after which the lanes are added up: bounds the rounding error
     for m in range(outer):
         n = m if up else outer - 1 - m
         a, b = i + n * stride, j + n * stride
-        settled = m % often == often - 1 or m == outer - 1
+        drained = m % often == often - 1 or m == outer - 1
         for c in range(group):
             ahead_centre = point[first + c]
             scale, weight, slope = k5[c], k5[group + c], k5[2 * group + c]
@@ -164,7 +164,7 @@ def sum_group(dy, x, dx, i, j, outer, stride, inner, up, write, k5, point, first
                         xhat = times(minus(load_part(x, a + whole, rest), centre), slope)
                         new = muladd(load_part(dy, a + whole, rest), scale, muladd(xhat, weight, shift))
                         store_part(dx, a + whole, rest, new)
-                if settled:
+                if drained:
                     sums[c] += total(ss)
                     sums[group + c] += total(qq)
                     ss, qq = zeros(), zeros()
@@ -204,9 +204,9 @@ def dx_rows(dy, x, dx, i, rows, stride, width, k, scale, weight, slope, centre, 
 
 @exact
 def points(state, eps, count, overwritten):
-    """The centres, slopes and scales of all channels: xhat = (x - centre) * slope, scale = gamma * invstd.
+    """Three rows, one value a channel: centre, slope and scale. xhat = (x - centre) * slope, scale = gamma * invstd.
 
-    Where x was overwritten by y, xhat is recovered from that: xhat = (y - beta) / gamma.
+    Where y has overwritten x, centre = beta and slope = 1 / gamma.
     """
     compact()
     channels = state.shape[1]

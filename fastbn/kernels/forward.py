@@ -4,7 +4,8 @@
 
 Each kernel has two switches, `measure` (statistics come from x) and `write` (y is written): both is a training forward,
 the first alone the moments, the second alone inference. `state` holds the rows mean, m2, gamma and beta, with
-var = m2 / count; measuring sets the first two.
+var = m2 / count; measuring sets the first two. With given statistics the second row is the variance and count is 1; for
+the moments alone the first two rows are enough.
 
 Memory traffic: fused tiles read x once and write y once. Split tiles read x twice, the second time from the end, where
 the cache still holds what was read last.
@@ -52,10 +53,12 @@ def run_pivot(x, i, inner):
 def fused_channels(first, last, x, y, state, eps, count, write, outer, channels, inner, group):
     """Consecutive channels in groups, pipelined: y of one group is written, from the cache, while the next is summed.
 
-    g = first - group    sums of the group at first
-    g = first            y of that group, sums of the one at first + group
+    c = first - group    sums of the group at first
+    c = first            y of that group, sums of the one at first + group
     ...
-    g = last group       y of that group (and once more its sums, in vain: it is the same loop)
+    c = last group       y of that group; its sums are taken once more and dropped, which is less than a second loop
+
+    The same happens before a last group that is smaller, which is then summed by itself.
 
     A group is one channel, or as many short ones as lie side by side in a few kB. Without y to write, each step is the
     sums of the next group alone. Steps go up and down through the samples in turn: what was summed last, and is most

@@ -32,8 +32,7 @@ FUSED_ROWS_BYTES = 1 << 19
 """The same for a strip of columns, whose rows lie apart in memory."""
 
 FUSED_ROWS = 1 << 9
-"""The most rows of a fused strip, which adds them one by one: bounds the rounding error, as SEGMENT does for sixteen
-lanes. More rows in so few bytes are narrow ones, and folding makes those up to twelve times as fast."""
+"""The most rows of a fused strip. More in so few bytes are narrow ones, and up to twelve times as fast if folded."""
 
 SEGMENT = 1 << 13
 """Elements of a run that are summed by themselves: bounds the rounding error, and the work of one split tile."""
@@ -46,16 +45,19 @@ backward take as long, with 1536 the backward takes a tenth longer.
 """
 
 GROUP_BYTES = 1 << 18
-"""Short runs are taken in groups of channels: so many that a sample has AHEAD elements of them side by side.
+"""The largest group of channels, in bytes of all samples.
 
-Fewer if the group would be larger than this.
+Short runs are taken in groups: as many channels as give a sample AHEAD elements side by side, fewer if that is more.
 """
 
 TILE_BYTES = 1 << 16
 """Bytes that one split tile covers, at least."""
 
 TILES = 128
-"""Split tiles at most. Their number is a power of two, and they are of one size, to within one segment or row."""
+"""The most blocks of rows (in each strip of columns), or of segments, that a split pass is cut into.
+
+Their number is a power of two, and they are of one size, to within one row or segment.
+"""
 
 STRIP = 1024
 """Columns of a strip: three float64 accumulators of this length fit the first-level cache."""
@@ -88,7 +90,7 @@ def _reduces_runs(outer: int, inner: int) -> bool:
 
 
 def _even(most: int) -> int:
-    """The number of tiles where there may be up to `most`."""
+    """The largest power of two that is not above `most` or TILES; at least 1."""
     return int(1 << min(max(most, 1), TILES).bit_length() - 1)
 
 
@@ -101,7 +103,7 @@ def fused_grid(outer: int, channels: int, inner: int, itemsize: int, threads: in
         # Neighbours are pipelined: the fewer tiles the better, and Numba deals them out before they run.
         tiles = min(_ceil(channels, group), threads)
         return Grid(True, True, tiles, np.array([outer, channels, inner, group, tiles], np.int64))
-    # Not narrower than one cache line's worth of columns per 256 elements, and at least 8 strips if they allow it.
+    # At least 256 columns, 1 kB of float32 in each row; else an eighth of the columns, but no more than STRIP.
     width = min(STRIP, max(256, _ceil(channels * inner, 8)))
     panel = min(channels, max(1, width // inner))
     if outer > FUSED_ROWS or outer * panel * inner * itemsize > FUSED_ROWS_BYTES:

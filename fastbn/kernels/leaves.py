@@ -1,6 +1,6 @@
-"""The innermost loops of the forward: sums of a run, a channel or a block of rows, and x to y.
+"""The innermost loops of the forward: sums of a run, a group of channels or a block of rows, and x to y.
 
-Those of the backward are in `backward`, beside the kernels that use them.
+Those of the backward are in `backward`; a frozen one uses `normalize_run` and `normalize_rows` from here.
 
 Statistics are shifted sums. With a pivot p near the mean of a channel,
 
@@ -131,7 +131,8 @@ def settle(part, tiles, width, pivot, number, count, state, first, final):
         state[0, first + c] = mean
         m2 = q - s * (s / count)
         state[1, first + c] = max(m2, np.float64(0.0)) if m2 == m2 else m2
-        if not s * (s / count) <= CANCELLED * q and not final:  # also true for NaN
+        trusted = s * (s / count) <= CANCELLED * q  # False for NaN
+        if not trusted and not final:
             done = False
             pivot[c] = mean if np.isfinite(mean) else np.float64(0.0)
     return done
@@ -181,22 +182,23 @@ def sum_group(x, y, i, j, outer, stride, inner, up, write, k3, pivot, group, lan
 
     x[j] is the first value of those that are summed. Each of the `outer` samples, `stride` apart and taken `up` or
     down, has the runs of `inner` elements of the group side by side. `lanes` is room for the sixteen partial sums of
-    every s and q. y is written of the channels that start at i, whose coefficients by `affine` are k3. `write` is a
-    literal, for which Numba compiles a function of its own: a test in the loop costs 3 %, at 7 x 7 a tenth.
+    every s and q. y is written of the channels that start at i, whose coefficients by `affine` are k3. `write` is
+    passed as a literal True or False, and Numba compiles one function for each: a test in the loop costs 3 %, at 7 x 7
+    a tenth. `pivot` has a value for each channel of the group.
 
-    Writing some channels while reading the next keeps both directions of memory busy: the training forward takes 1.2
-    times a copy where one after the other takes 1.6. Alternating between the two by blocks gains nothing.
+    Writing some channels while reading the next keeps both directions of memory busy: training took 1.6 copies where
+    one came after the other. Alternating between the two by blocks gained nothing.
     """
     apart()
     row, step = group * inner, stride if up else -stride
     for c in range(2 * group):
         sums[c] = 0.0
         store(lanes, c * LANES, zeros())
-    often = max(1, SEGMENT // inner)
+    often = max(1, SEGMENT // inner)  # samples, after which the lanes are added up: bounds the rounding error
     for m in range(outer):
         n = m if up else outer - 1 - m
         a, b = i + n * stride, j + n * stride
-        settled = m % often == often - 1 or m == outer - 1
+        drained = m % often == often - 1 or m == outer - 1
         for c in range(group):
             p, centre, scale, shift = pivot[c], k3[c], k3[group + c], k3[2 * group + c]
             for low in range(c * inner, (c + 1) * inner, SEGMENT):
@@ -218,7 +220,7 @@ def sum_group(x, y, i, j, outer, stride, inner, up, write, k3, pivot, group, lan
                         store_part(y, a + whole, rest, new)
                     d = only(minus(load64_part(x, b + whole, rest), p), rest)
                     ss, qq = plus(ss, d), muladd(d, d, qq)
-                if settled:
+                if drained:
                     sums[c] += total(ss)
                     sums[group + c] += total(qq)
                     ss, qq = zeros(), zeros()

@@ -129,8 +129,8 @@ def batch_norm_train(
     empty x gives an empty y. NaN and Inf stay in their channel.
 
     Where a channel's values fit in the cache (NCHW up to 2 MB a channel, (N, D) with N up to 512) x is read once and y
-    written once; where they do not (NHWC images, larger batches) x is read twice. An x that is contiguous in no order of
-    its axes is copied first.
+    written once; where they do not (NHWC images, larger batches) x is read twice. An x that is contiguous in no order
+    of its axes is copied first.
 
     References
     ----------

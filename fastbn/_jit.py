@@ -70,7 +70,7 @@ def _build(body: Callable[..., Any], build: str, **flags: Any) -> Callable[..., 
         f"{body.__name__}_{build}_{source_stamp()}",
     )
     clone.__qualname__ = clone.__name__
-    dispatcher = njit(**_common, **flags)(clone)
+    dispatcher = njit(**_common, no_cfunc_wrapper=True, **flags)(clone)
     if not config.DISABLE_JIT:
         with contextlib.suppress(RuntimeError, OSError):  # no folder that may be written to: compiled in every process
             dispatcher._cache = _Cache(clone)

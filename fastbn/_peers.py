@@ -7,6 +7,7 @@ Runtime are given arrays as fastbn is.
 
 import contextlib
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -53,7 +54,7 @@ class Problem:
         return self.gamma, self.beta, self.mean.astype(np.float32), self.var.astype(np.float32)
 
 
-class Peer:
+class Peer(ABC):
     """One other way to normalize.
 
     Attributes
@@ -71,14 +72,15 @@ class Peer:
     fresh: ClassVar[bool]
 
     def __init__(self, threads: int) -> None:
-        """Load the packages, or raise ImportError; use so many threads from now on."""
+        """Load the packages, or raise ImportError; use so many threads from now on. Here: none to load, one thread."""
+        del threads
 
+    @abstractmethod
     def calls(self, p: Problem) -> Calls:
         """(operation, call) for what this peer can do in this layout.
 
         A call returns y or dx; everything else is done before.
         """
-        raise NotImplementedError
 
     def array(self, p: Problem, result: Any) -> Array:
         """A call's result as an array of the problem's shape."""

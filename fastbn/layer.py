@@ -146,6 +146,8 @@ class BatchNorm:
             if self.training and self.track_running_stats:
                 for name in ("running_mean", "running_var"):
                     _check.statistic(fn, name, getattr(self, name), self.channels)
+                mean, var = self._running(fn)
+                _check.apart(fn, "running_mean", mean, "running_var", var)
             y, saved = batch_norm_train(x, self.gamma, self.beta, axis=self.axis, eps=self.eps, out=out)
             if self.training:
                 self._track(saved)

@@ -369,6 +369,17 @@ def test_a_bad_state_changes_nothing(rng, key, error, value):
     assert state_bytes(bn) == before
 
 
+def test_statistics_that_share_memory_are_found_before_anything_is_written(rng):
+    bn = fastbn.BatchNorm(3)
+    bn.running_var = bn.running_mean
+    x = rng.normal(size=(4, 3))
+    out, before = np.full_like(x, 7), state_bytes(bn)
+    with pytest.raises(ValueError, match="BatchNorm: running_mean shares memory with running_var"):
+        bn(x, out=out)
+    assert (out == 7).all()
+    assert state_bytes(bn) == before
+
+
 def test_a_state_with_keys_missing_changes_nothing():
     bn = fastbn.BatchNorm(3)
     state = bn.state_dict()

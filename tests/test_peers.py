@@ -73,5 +73,8 @@ def test_an_absent_peer_is_not_there(monkeypatch):
         def __init__(self, threads):
             import a_module_that_nobody_has  # noqa: F401
 
+        def calls(self, p):
+            raise AssertionError("it is not there")
+
     monkeypatch.setattr(_peers, "PEERS", (Absent, _peers.NumPy))
     assert [p.name for p in _peers.present(1)] == ["NumPy"]

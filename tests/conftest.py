@@ -15,7 +15,7 @@ PACKAGE = Path(__file__).parents[1] / "fastbn"
 def _cache_folder() -> Path:
     """Named by all that decides the machine code: sources, Numba's version and settings, Python's version."""
     digest = hashlib.sha256(f"{version('numba')} {version('llvmlite')} {sys.version}".encode())
-    for path in sorted(PACKAGE.rglob("*.py")):
+    for path in [PACKAGE / "_jit.py", *sorted((PACKAGE / "kernels").glob("*.py"))]:
         digest.update(path.read_bytes())
     for name in sorted(os.environ):
         if name.startswith("NUMBA_") and name != "NUMBA_CACHE_DIR":

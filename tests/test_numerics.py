@@ -69,18 +69,44 @@ def test_statistics_against_exact_arithmetic(rng, shape, dtype):
         assert relative(m.var()[2], var) <= digits, f"{name}: var"
 
 
-@pytest.mark.parametrize("shape", [(32000, 2), (9001, 5), (3000, 3, 7)])
-def test_many_narrow_rows_keep_14_digits(rng, shape):
-    """Few different values after outliers round the same way: the error grows with the number of additions in a row.
+ROUNDED = {
+    "runs, fused, in groups": (701, 65, 49),
+    "runs, fused": (32, 8, 3136),
+    "runs, fused, one sample": (1, 8, 2**18),
+    "runs, split": (64, 1, 2**16),
+    "rows, fused": (400, 300),
+    "rows, split": (70000, 2, 16),
+    "rows, split, folded": (32000, 2),
+    "rows, split, one channel": (2000000, 1),
+}
 
-    Added one by one, 32,000 rows left 12 digits.
+
+@pytest.mark.parametrize("shape", ROUNDED.values(), ids=ROUNDED)
+@pytest.mark.parametrize("kind", ["few values", "two values", "one value"])
+def test_terms_that_all_round_the_same_way_keep_14_digits(rng, shape, kind):
+    """Few different values after outliers: the error grows with the number of additions in a row.
+
+    Added one by one, 32,000 rows left 12 digits; 512 additions a lane left 13.
     """
-    x = np.round(rng.normal(size=shape)) / 16
-    x[:20] += 1e7
-    mean, var = exact(x[:, 0].ravel())
-    m = fastbn.moments(x)
-    assert relative(m.mean[0], mean) <= 1e-14
+    x = np.ones(shape)
+    if kind == "two values":
+        x.ravel()[::2] = 3
+    elif kind == "few values":
+        x[:] = np.round(rng.normal(size=shape))
+    x[:20].reshape(len(x[:20]), shape[1], -1)[..., :20] += 1e7 * 16
+    units = [int(v) for v in x[:, 0].ravel()]  # of 1 / 16
+    n, total = len(units), sum(units)
+    mean, var = Fraction(total, 16 * n), Fraction(n * sum(u * u for u in units) - total**2, 256 * n * n)
+    m = fastbn.moments(x / 16)
+    assert relative(m.mean[0], mean, max(abs(mean), Fraction(np.sqrt(float(var))))) <= 1e-14
     assert relative(m.var()[0], var) <= 1e-14
+    dy = x / 16
+    _, saved = fastbn.batch_norm_train(x / 16 - 3)
+    _, dgamma, dbeta = fastbn.batch_norm_backward(dy, saved)  # sum(x * xhat) = n * std
+    assert relative(dbeta[0], n * mean) <= 1e-14
+    wide = np.longdouble(float(var))
+    # The 14 digits of the sum, and half of those of the variance.
+    assert abs(dgamma[0] / (n * wide / np.sqrt(wide + 1e-5)) - 1) <= 1.5e-14
 
 
 @pytest.mark.parametrize("dtype", FLOATS)

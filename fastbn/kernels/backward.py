@@ -18,7 +18,7 @@ import numpy as np
 
 from .._jit import elementwise, exact, kernel, prange
 from .forward import FUSED, NO, ONE, SUMS, WRITE, ZERO, fold_columns, spread
-from .grid import AHEAD, SEGMENT
+from .grid import AHEAD, SEGMENT, TERMS
 from .lanes import (
     LANES,
     apart,
@@ -38,7 +38,7 @@ from .lanes import (
     total,
     zeros,
 )
-from .leaves import ahead, inverse_std, normalize_rows, normalize_run
+from .leaves import PIECE, add, add_exactly, add_up, ahead, inverse_std, normalize_rows, normalize_run
 
 FROZEN = 3  # sums and dx of a tile at once: dx does not wait for the sums
 
@@ -48,25 +48,28 @@ FROZEN = 3  # sums and dx of a tile at once: dx does not wait for the sums
 
 @elementwise
 def run_products(dy, x, low, high, centre):
-    """sum(dy) and sum(dy * (x - centre)) from `low` to `high`."""
-    ss, qq = zeros(), zeros()
+    """sum(dy) and sum(dy * (x - centre)) from `low` to `high`, of no more than TERMS pieces."""
+    sss, qqq = zeros(), zeros()
     whole = high - (high - low) % LANES
-    for i in range(low, whole, LANES):
-        prefetch(x, i + AHEAD)
-        prefetch(dy, i + AHEAD)
-        g = load64(dy, i)
-        ss, qq = plus(ss, g), muladd(g, minus(load64(x, i), centre), qq)
+    for piece in range(low, whole, PIECE):
+        ss, qq = zeros(), zeros()
+        for i in range(piece, min(piece + PIECE, whole), LANES):
+            prefetch(x, i + AHEAD)
+            prefetch(dy, i + AHEAD)
+            g = load64(dy, i)
+            ss, qq = plus(ss, g), muladd(g, minus(load64(x, i), centre), qq)
+        sss, qqq = plus(sss, ss), plus(qqq, qq)
     if whole < high:
         rest = high - whole
         g = load64_part(dy, whole, rest)
         d = only(minus(load64_part(x, whole, rest), centre), rest)  # a given mean may be infinite, and 0 * inf is NaN
-        ss, qq = plus(ss, g), muladd(g, d, qq)
-    return total(ss), total(qq)
+        sss, qqq = plus(sss, g), muladd(g, d, qqq)
+    return total(sss), total(qqq)
 
 
 @elementwise
-def block_products(dy, x, i, rows, stride, width, centre, p, sums, s, q):
-    """Add to the column sums s and q those of `rows` rows: as the forward's `block_sums`, two rows in one sweep."""
+def few_rows_products(dy, x, i, rows, stride, width, centre, p, sums, s, q):
+    """Add to the column sums s and q those of `rows` rows: as `leaves.few_rows_sums`, two rows in one sweep."""
     compact()
     whole = width // LANES * LANES
     rest = width - whole
@@ -105,6 +108,20 @@ def block_products(dy, x, i, rows, stride, width, centre, p, sums, s, q):
             store_part(sums, q + j, rest, products)
 
 
+@exact
+def block_products(dy, x, i, rows, stride, width, centre, p, sums, s, q):
+    """The same for any number of rows, as `leaves.block_sums`."""
+    compact()
+    room = np.empty(2 * width if rows > TERMS else 0)
+    few_rows_products(dy, x, i, min(rows, TERMS), stride, width, centre, p, sums, s, q)
+    for row in range(TERMS, rows, TERMS):
+        room[:] = 0.0
+        few = min(TERMS, rows - row)
+        few_rows_products(dy, x, i + row * stride, few, stride, width, centre, p, room, ZERO, width)
+        add(sums, s, room, ZERO, width)
+        add(sums, q, room, width, width)
+
+
 @elementwise
 def dx_run(dy, x, dx, low, high, scale, weight, slope, centre, shift):
     """dx = scale * dy + weight * ((x - centre) * slope) + shift from `low` to `high`."""
@@ -130,10 +147,10 @@ def sum_group(dy, x, dx, i, j, outer, stride, inner, up, write, k5, point, first
     """
     apart()
     row, step = group * inner, stride if up else -stride
+    sums[:] = 0.0
     for c in range(2 * group):
-        sums[c] = 0.0
         store(lanes, c * LANES, zeros())
-    often = max(1, SEGMENT // inner)  # samples, after which the lanes are added up: bounds the rounding error
+    often = max(1, PIECE // inner)  # samples, after which the lanes are added up
     for m in range(outer):
         n = m if up else outer - 1 - m
         a, b = i + n * stride, j + n * stride
@@ -142,9 +159,9 @@ def sum_group(dy, x, dx, i, j, outer, stride, inner, up, write, k5, point, first
             ahead_centre = point[first + c]
             scale, weight, slope = k5[c], k5[group + c], k5[2 * group + c]
             centre, shift = k5[3 * group + c], k5[4 * group + c]
-            for low in range(c * inner, (c + 1) * inner, SEGMENT):
+            for low in range(c * inner, (c + 1) * inner, PIECE):
                 ss, qq = load64(lanes, 2 * c * LANES), load64(lanes, (2 * c + 1) * LANES)
-                high = min(low + SEGMENT, (c + 1) * inner)
+                high = min(low + PIECE, (c + 1) * inner)
                 whole = high - (high - low) % LANES
                 for k in range(low, whole, LANES):
                     far = ahead(k, row, step)
@@ -165,11 +182,14 @@ def sum_group(dy, x, dx, i, j, outer, stride, inner, up, write, k5, point, first
                         new = muladd(load_part(dy, a + whole, rest), scale, muladd(xhat, weight, shift))
                         store_part(dx, a + whole, rest, new)
                 if drained:
-                    sums[c] += total(ss)
-                    sums[group + c] += total(qq)
+                    add_exactly(sums, c, 2 * group, total(ss))
+                    add_exactly(sums, group + c, 2 * group, total(qq))
                     ss, qq = zeros(), zeros()
                 store(lanes, 2 * c * LANES, ss)
                 store(lanes, (2 * c + 1) * LANES, qq)
+    for c in range(2 * group):
+        error = sums[2 * group + c]
+        sums[c] += error if error == error else 0.0
 
 
 @elementwise
@@ -220,18 +240,13 @@ def points(state, eps, count, overwritten):
 
 
 @exact
-def finish_sums(part, tiles, point, grads, first, number):
-    """dgamma and dbeta of `number` channels from `first` on, from partial sums as in `settle`."""
+def finish_sums(sums, point, grads, first, number):
+    """dgamma and dbeta of `number` channels from `first` on, from sums as in `settle`."""
     compact()
     channels = grads.shape[1]
     for c in range(number):
-        s = np.float64(0.0)
-        q = np.float64(0.0)
-        for t in range(tiles):
-            s += part[2 * t * number + c]
-            q += part[(2 * t + 1) * number + c]
-        grads[0, first + c] = q * point[channels + first + c]
-        grads[1, first + c] = s
+        grads[0, first + c] = sums[number + c] * point[channels + first + c]
+        grads[1, first + c] = sums[c]
 
 
 @exact
@@ -267,7 +282,7 @@ def fused_channels(first, last, dy, x, dx, point, count, grads, outer, channels,
     compact()
     stride = channels * inner
     lanes = np.empty(2 * group * LANES)
-    sums = np.empty(2 * group)
+    sums = np.empty(4 * group)
     k = np.empty(5 * group, dx.dtype)
     for c in range(first - group, last, group):
         now, then = min(group, last - c), min(group, last - c - group)
@@ -275,7 +290,7 @@ def fused_channels(first, last, dy, x, dx, point, count, grads, outer, channels,
         i, j = c * inner, (c + group) * inner
         summed = False
         if c >= first:
-            finish_sums(sums, ONE, point, grads, c, now)
+            finish_sums(sums, point, grads, c, now)
             dx_coefficients(point, grads, count, c, now, k, NO)
             summed = then == now  # else the group is summed once more, in vain: it is the same loop
             n, b = (c + group, j) if summed else (c, i)
@@ -331,7 +346,8 @@ def backward_runs(dy, x, dx, state, eps, count, grads, frozen, overwritten, size
                 segments_tile(phase, tile, dy, x, dx, part, point, k, channels, inner, tiles)
         if phase == FUSED or phase == WRITE:
             break
-        finish_sums(part, pieces, point, grads, ZERO, channels)
+        add_up(part, ZERO, pieces, 2 * channels)
+        finish_sums(part, point, grads, ZERO, channels)
         if phase == FROZEN:
             break
         dx_coefficients(point, grads, count, ZERO, channels, k, frozen)
@@ -355,7 +371,7 @@ def fused_strip(first, last, dy, x, dx, point, count, grads, outer, stride, inne
     spread(point, first, number, inner, columns, ZERO, width)
     block_products(dy, x, start, outer, stride, width, columns, ZERO, part, ZERO, width)
     fold_columns(part, ONE, width, number, inner, sums)
-    finish_sums(sums, ONE, point, grads, first, number)
+    finish_sums(sums, point, grads, first, number)
     dx_coefficients(point, grads, count, first, number, k, NO)
     for i in range(5):
         spread(k, i * number, number, inner, k_columns, i * width, width)
@@ -418,7 +434,7 @@ def backward_rows(dy, x, dx, state, eps, count, grads, frozen, overwritten, size
         if phase == FUSED or phase == WRITE:
             break
         fold_columns(part, blocks, width, channels, inner, sums)
-        finish_sums(sums, ONE, point, grads, ZERO, channels)
+        finish_sums(sums, point, grads, ZERO, channels)
         if phase == FROZEN:
             break
         phase = WRITE

@@ -15,8 +15,9 @@ import numpy as np
 
 from .._jit import exact, kernel, prange
 from .grid import SEGMENT
-from .lanes import LANES, apart, compact, load, plus, store
+from .lanes import LANES, apart, compact
 from .leaves import (
+    add_up,
     affine,
     block_sums,
     normalize_rows,
@@ -67,7 +68,7 @@ def fused_channels(first, last, x, y, state, eps, count, write, outer, channels,
     compact()
     stride = channels * inner
     lanes = np.empty(2 * group * LANES)
-    sums = np.empty(2 * group)
+    sums = np.empty(4 * group)
     pivot = np.empty(group)
     k = np.empty(3 * group, y.dtype)
     for c in range(first - group, last, group):
@@ -84,7 +85,7 @@ def fused_channels(first, last, x, y, state, eps, count, write, outer, channels,
         for attempt in range(2 if then > 0 else 0):
             if attempt == 1 or not summed:
                 sum_group(x, y, j, j, outer, stride, inner, up, False, k, pivot, then, lanes, sums)
-            if settle(sums, ONE, then, pivot, then, count, state, c + group, attempt == 1):
+            if settle(sums, pivot, then, count, state, c + group, attempt == 1):
                 break
 
 
@@ -135,7 +136,8 @@ def forward_runs(x, y, state, eps, count, measure, write, sizes):
                 segments_tile(phase, tile, x, y, part, pivot, k, channels, inner, tiles)
         if phase != SUMS:
             break
-        if settle(part, pieces, channels, pivot, channels, count, state, ZERO, final):
+        add_up(part, ZERO, pieces, 2 * channels)
+        if settle(part, pivot, channels, count, state, ZERO, final):
             if not write:
                 break
             affine(state, eps, count, ZERO, channels, k)
@@ -162,25 +164,19 @@ def spread(values, v, number, inner, columns, first, width):
 
 @exact
 def fold_columns(part, blocks, width, number, inner, sums):
-    """Set `sums` to s of each channel, then q: those of the columns of all blocks, added in that order.
+    """Set `sums` to s of each channel, then q: those of the columns of all blocks, halves upon halves.
 
-    The inverse of `spread`. part holds rows of `width`: s of the first block, its q, s of the second block ...; the
-    first two are overwritten.
+    The inverse of `spread`. part holds rows of `width`: s of the first block, its q, s of the second block ...; it is
+    overwritten.
     """
     compact()
-    whole = 2 * width // LANES * LANES
-    for b in range(2 * width, 2 * blocks * width, 2 * width):
-        for j in range(0, whole, LANES):
-            store(part, j, plus(load(part, j), load(part, b + j)))
-        for j in range(whole, 2 * width):
-            part[j] += part[b + j]
-    for c in range(2 * number):
-        sums[c] = 0.0
+    add_up(part, ZERO, blocks, 2 * width)
     for i in range(2):
-        for j in range(i * width, (i + 1) * width, number * inner):
-            for c in range(number):
-                for n in range(inner):
-                    sums[i * number + c] += part[j + c * inner + n]
+        add_up(part, i * width, width // (number * inner), number * inner)
+        for c in range(number):
+            sums[i * number + c] = 0.0
+            for j in range(i * width + c * inner, i * width + (c + 1) * inner):
+                sums[i * number + c] += part[j]
 
 
 @exact
@@ -219,7 +215,7 @@ def fused_strip(first, last, x, y, state, eps, count, measure, write, outer, str
             spread(pivot, ZERO, number, inner, columns, ZERO, width)
             block_sums(x, start, outer, stride, width, columns, ZERO, part, ZERO, width)
             fold_columns(part, ONE, width, number, inner, sums)
-            if settle(sums, ONE, number, pivot, number, count, state, first, attempt == 1):
+            if settle(sums, pivot, number, count, state, first, attempt == 1):
                 break
     if write:
         k = np.empty(3 * number, y.dtype)
@@ -285,7 +281,7 @@ def forward_rows(x, y, state, eps, count, measure, write, sizes):
         if phase != SUMS:
             break
         fold_columns(part, blocks, width, channels, inner, sums)
-        if settle(sums, ONE, channels, pivot, channels, count, state, ZERO, final):
+        if settle(sums, pivot, channels, count, state, ZERO, final):
             if not write:
                 break
             phase = WRITE

@@ -35,7 +35,14 @@ FUSED_ROWS = 1 << 9
 """The most rows of a fused strip. More in so few bytes are narrow ones, and up to twelve times as fast if folded."""
 
 SEGMENT = 1 << 13
-"""Elements of a run that are summed by themselves: bounds the rounding error, and the work of one split tile."""
+"""Elements of a run that are a piece of work of their own in a split tile."""
+
+TERMS = 64
+"""The numbers that are added up one after another; their sum is then a term of another sum.
+
+Terms that all round the same way, as rounded data do after an outlier, cost TERMS / 2 roundings, 3.5e-15 of a sum of
+positive ones, at each of these levels: two or three. With 512 terms the variance had 13 digits, with 32,000 twelve.
+"""
 
 AHEAD = 768
 """Elements by which memory is asked for before it is needed: 3 kB of float32.

@@ -15,7 +15,7 @@ computing the sample variance", section 3, the shifted two-pass family.)
 import numpy as np
 
 from .._jit import elementwise, exact
-from .grid import AHEAD, SEGMENT
+from .grid import AHEAD, TERMS
 from .lanes import (
     LANES,
     apart,
@@ -35,6 +35,9 @@ from .lanes import (
     zeros,
 )
 
+# Elements whose sum, in sixteen lanes of TERMS terms each, is one term of the sum above it.
+PIECE = TERMS * LANES
+
 # Past this share of q, s**2 / n has cancelled three bits of m2.
 CANCELLED = 0.875
 
@@ -48,21 +51,24 @@ def ahead(k, row, step):
 
 @elementwise
 def run_sums(x, low, high, pivot):
-    """s and q of x[low:high]."""
-    ss, qq = zeros(), zeros()
+    """s and q of x[low:high], of no more than TERMS pieces."""
+    sss, qqq = zeros(), zeros()
     whole = high - (high - low) % LANES
-    for i in range(low, whole, LANES):
-        prefetch(x, i + AHEAD)
-        d = minus(load64(x, i), pivot)
-        ss, qq = plus(ss, d), muladd(d, d, qq)
+    for piece in range(low, whole, PIECE):
+        ss, qq = zeros(), zeros()
+        for i in range(piece, min(piece + PIECE, whole), LANES):
+            prefetch(x, i + AHEAD)
+            d = minus(load64(x, i), pivot)
+            ss, qq = plus(ss, d), muladd(d, d, qq)
+        sss, qqq = plus(sss, ss), plus(qqq, qq)
     if whole < high:
         d = only(minus(load64_part(x, whole, high - whole), pivot), high - whole)
-        ss, qq = plus(ss, d), muladd(d, d, qq)
-    return total(ss), total(qq)
+        sss, qqq = plus(sss, d), muladd(d, d, qqq)
+    return total(sss), total(qqq)
 
 
 @elementwise
-def block_sums(x, i, rows, stride, width, pivot, p, sums, s, q):
+def few_rows_sums(x, i, rows, stride, width, pivot, p, sums, s, q):
     """Add to the column sums s and q those of `rows` rows, `stride` elements apart, from x[i] on.
 
     The pivots of the `width` columns start at pivot[p], the sums at sums[s] and sums[q]. Four rows in one sweep over
@@ -111,10 +117,55 @@ def block_sums(x, i, rows, stride, width, pivot, p, sums, s, q):
 
 
 @exact
-def settle(part, tiles, width, pivot, number, count, state, first, final):
-    """Mean and m2 of `number` channels from `first` on, from the partial sums of some tiles, added in that order.
+def block_sums(x, i, rows, stride, width, pivot, p, sums, s, q):
+    """The same for any number of rows, TERMS at a time; sums[s] and sums[q] are 0 before."""
+    compact()
+    room = np.empty(2 * width if rows > TERMS else 0)
+    few_rows_sums(x, i, min(rows, TERMS), stride, width, pivot, p, sums, s, q)
+    for row in range(TERMS, rows, TERMS):
+        room[:] = 0.0
+        few = min(TERMS, rows - row)
+        few_rows_sums(x, i + row * stride, few, stride, width, pivot, p, room, np.intp(0), width)
+        add(sums, s, room, np.intp(0), width)
+        add(sums, q, room, width, width)
 
-    part holds rows of `width`: s of each channel in the first tile, q in the first tile, s in the second ...
+
+@elementwise
+def add_exactly(sums, c, error, term):
+    """sums[c] += term, and what rounding loses of it goes to sums[error + c]; NaN where the sum is not finite.
+
+    Knuth 1997, "The Art of Computer Programming" 2, section 4.2.2, theorem B.
+    """
+    before = sums[c]
+    after = before + term
+    share = after - before
+    sums[c] = after
+    sums[error + c] += (before - (after - share)) + (term - share)
+
+
+@elementwise
+def add(a, i, b, j, number):
+    """a[i] += b[j] and so on, `number` of them."""
+    whole = number // LANES * LANES
+    for k in range(0, whole, LANES):
+        store(a, i + k, plus(load(a, i + k), load(b, j + k)))
+    for k in range(whole, number):
+        a[i + k] += b[j + k]
+
+
+@exact
+def add_up(a, first, number, size):
+    """Add up `number` stretches of `size` values, from a[first] on: halves upon halves, into the first."""
+    compact()
+    while number > 1:
+        half = number // 2
+        add(a, first, a, first + (number - half) * size, half * size)
+        number -= half
+
+
+@exact
+def settle(sums, pivot, number, count, state, first, final):
+    """Mean and m2 of `number` channels from `first` on, from `sums`: s of each channel, then q of each.
 
     Returns True when done. False: some pivots were too far from the mean; they have been replaced, sum again. Pivots
     that were good stay, so that one wild channel does not move the bits of the others.
@@ -122,11 +173,7 @@ def settle(part, tiles, width, pivot, number, count, state, first, final):
     compact()
     done = True
     for c in range(number):
-        s = np.float64(0.0)
-        q = np.float64(0.0)
-        for t in range(tiles):
-            s += part[2 * t * width + c]
-            q += part[(2 * t + 1) * width + c]
+        s, q = sums[c], sums[number + c]
         mean = pivot[c] + s / count
         state[0, first + c] = mean
         m2 = q - s * (s / count)
@@ -191,19 +238,19 @@ def sum_group(x, y, i, j, outer, stride, inner, up, write, k3, pivot, group, lan
     """
     apart()
     row, step = group * inner, stride if up else -stride
+    sums[:] = 0.0
     for c in range(2 * group):
-        sums[c] = 0.0
         store(lanes, c * LANES, zeros())
-    often = max(1, SEGMENT // inner)  # samples, after which the lanes are added up: bounds the rounding error
+    often = max(1, PIECE // inner)  # samples, after which the lanes are added up
     for m in range(outer):
         n = m if up else outer - 1 - m
         a, b = i + n * stride, j + n * stride
         drained = m % often == often - 1 or m == outer - 1
         for c in range(group):
             p, centre, scale, shift = pivot[c], k3[c], k3[group + c], k3[2 * group + c]
-            for low in range(c * inner, (c + 1) * inner, SEGMENT):
+            for low in range(c * inner, (c + 1) * inner, PIECE):
                 ss, qq = load64(lanes, 2 * c * LANES), load64(lanes, (2 * c + 1) * LANES)
-                high = min(low + SEGMENT, (c + 1) * inner)
+                high = min(low + PIECE, (c + 1) * inner)
                 whole = high - (high - low) % LANES
                 for k in range(low, whole, LANES):
                     far = ahead(k, row, step)
@@ -221,11 +268,14 @@ def sum_group(x, y, i, j, outer, stride, inner, up, write, k3, pivot, group, lan
                     d = only(minus(load64_part(x, b + whole, rest), p), rest)
                     ss, qq = plus(ss, d), muladd(d, d, qq)
                 if drained:
-                    sums[c] += total(ss)
-                    sums[group + c] += total(qq)
+                    add_exactly(sums, c, 2 * group, total(ss))
+                    add_exactly(sums, group + c, 2 * group, total(qq))
                     ss, qq = zeros(), zeros()
                 store(lanes, 2 * c * LANES, ss)
                 store(lanes, (2 * c + 1) * LANES, qq)
+    for c in range(2 * group):
+        error = sums[2 * group + c]
+        sums[c] += error if error == error else 0.0
 
 
 @elementwise

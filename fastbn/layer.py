@@ -8,7 +8,7 @@ import numpy.typing as npt
 
 from . import _check
 from .functional import Saved, batch_norm, batch_norm_backward, batch_norm_train
-from .moments import Moments, moments, update_running
+from .moments import Moments, moments, moved
 
 Array = npt.NDArray[Any]
 
@@ -141,17 +141,19 @@ class BatchNorm:
         x = _check.array(fn, "x", x)
         _check.channels(fn, x, self.axis, self.channels)
         save = self.training if save is None else save
-        batch_statistics = self.training or not self.track_running_stats
-        if batch_statistics:
-            if self.training and self.track_running_stats:
-                for name in ("running_mean", "running_var"):
-                    _check.statistic(fn, name, getattr(self, name), self.channels)
-                mean, var = self._running(fn)
-                _check.apart(fn, "running_mean", mean, "running_var", var)
+        if self.training or not self.track_running_stats:
+            tracks = self.training and self.track_running_stats
+            if tracks:
+                mean, var = self._writable(fn)
             y, saved = batch_norm_train(x, self.gamma, self.beta, axis=self.axis, eps=self.eps, out=out)
-            if self.training:
-                self._track(saved)
-            self._saved = saved if save else None
+            kept = saved if save else None
+            if tracks and saved.count:
+                after, pool = self._after(mean, var, saved)
+                batches = self.num_batches_tracked + 1
+                # All or none: from here on no call, where Ctrl-C could come between (see `update_running`).
+                mean[...], var[...] = after
+                self.num_batches_tracked, self._pool = batches, pool
+            self._saved = kept
             return y
         mean, var = self._running(fn)
         if save and out is not None:
@@ -217,7 +219,7 @@ class BatchNorm:
         mean over batches of the variance; here it is that of all samples.
         """
         fn = "BatchNorm.fit_population"
-        mean, var = self._running(fn)
+        mean, var = self._writable(fn)
         pool = Moments.empty(self.channels)
         if not isinstance(batches, Iterable):
             raise TypeError(f"{fn}: batches is of type {type(batches).__name__}, expected an iterable of arrays")
@@ -229,8 +231,9 @@ class BatchNorm:
             raise ValueError(
                 f"{fn}: batches have {pool.count} values per channel, expected at least {self.correction + 1}"
             )
-        with np.errstate(all="ignore"):
-            mean[...], var[...] = pool.mean, pool.var(self.correction)
+        after = self._of(pool, mean, var)
+        # All or none: no call between, where Ctrl-C could come (see `update_running`).
+        mean[...], var[...] = after
         self._pool = pool
         return self
 
@@ -333,14 +336,25 @@ class BatchNorm:
             raise ValueError(f"{fn}: the layer keeps no running statistics; expected track_running_stats=True")
         return self.running_mean, self.running_var
 
-    def _track(self, saved: Saved) -> None:
-        if not self.track_running_stats or not saved.count:
-            return
-        mean, var = self._running("BatchNorm")
-        self.num_batches_tracked += 1
-        if self.momentum is not None:
-            update_running(mean, var, saved.shared_moments(), momentum=self.momentum, correction=self.correction)
-        else:
-            self._pool += saved.moments
-            with np.errstate(all="ignore"):
-                mean[...], var[...] = self._pool.mean, self._pool.var(self.correction)
+    def _writable(self, fn: str) -> tuple[Array, Array]:
+        """The running statistics, checked before anything is computed that is to be written to them."""
+        mean, var = self._running(fn)
+        _check.statistic(fn, "running_mean", mean, self.channels)
+        _check.statistic(fn, "running_var", var, self.channels)
+        _check.apart(fn, "running_mean", mean, "running_var", var)
+        return mean, var
+
+    def _after(self, mean: Array, var: Array, saved: Saved) -> tuple[tuple[Array, Array], Moments]:
+        """The running statistics and the pool after a batch; nothing is written."""
+        if self.momentum is None:
+            pool = self._pool + saved.moments
+            return self._of(pool, mean, var), pool
+        m = saved.shared_moments()
+        with np.errstate(all="ignore"):
+            batch_var = m.m2 / (m.count - self.correction)
+            return (moved(mean, m.mean, self.momentum), moved(var, batch_var, self.momentum)), self._pool
+
+    def _of(self, pool: Moments, mean: Array, var: Array) -> tuple[Array, Array]:
+        """The running statistics of a pool, in the dtypes of `mean` and `var`."""
+        with np.errstate(all="ignore"):
+            return pool.mean.astype(mean.dtype), pool.var(self.correction).astype(var.dtype)

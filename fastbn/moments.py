@@ -207,15 +207,20 @@ def update_running(
     _check.apart(fn, "running_mean", running_mean, "running_var", running_var)
     n = m.count - correction
     with np.errstate(all="ignore"):  # one for both: each costs as much as an operation
-        _move(running_mean, m.mean, momentum)
-        _move(running_var, m.m2 / n, momentum)
+        mean, var = moved(running_mean, m.mean, momentum), moved(running_var, m.m2 / n, momentum)
+    # Both or none. Python delivers a signal (Ctrl-C) at a call, a jump backwards or a function's start, and there is
+    # none between these stores; nor can they fail, since all that needs memory or a check is done.
+    running_mean[...], running_var[...] = mean, var
 
 
-def _move(running: Array, batch: Array, momentum: float) -> None:
+def moved(running: Array, batch: Array, momentum: float) -> Array:
+    """What `running` becomes, in its dtype; it is not written."""
     # Ends exactly at the one or the other: 0 * inf would be NaN.
     if momentum == 0.0:
-        running[...] = batch
-    elif momentum != 1.0:
-        moved = running * np.float64(momentum)  # in float64, also where running is float32
-        moved += batch * (1.0 - momentum)
-        running[...] = moved
+        new = batch
+    elif momentum == 1.0:
+        new = running
+    else:
+        new = running * np.float64(momentum)  # in float64, also where running is float32
+        new += batch * (1.0 - momentum)
+    return new.astype(running.dtype, copy=False)

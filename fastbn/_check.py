@@ -3,8 +3,12 @@
 A message names the function, the argument, what it is and what was expected. Checks come before any write.
 """
 
+import contextlib
 import math
 import operator
+import reprlib
+import sys
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -28,9 +32,13 @@ def array(fn: str, name: str, value: Any) -> Array:
         raise ValueError(f"{fn}: {name} cannot be made an array: {error}") from None
     except TypeError as error:
         raise TypeError(f"{fn}: {name} cannot be made an array: {error}") from None
-    if not _supported(a.dtype):
-        raise TypeError(f"{fn}: {name} has dtype {a.dtype}, expected float32, float64, an integer dtype or bool")
+    _numeric(fn, name, a.dtype)
     return a
+
+
+def _numeric(fn: str, name: str, found: np.dtype[Any]) -> None:
+    if not _supported(found):
+        raise TypeError(f"{fn}: {name} has dtype {found}, expected float32, float64, an integer dtype or bool")
 
 
 def _supported(d: np.dtype[Any]) -> bool:
@@ -120,9 +128,13 @@ def _origin(of: Of) -> str:
 def parameter(fn: str, name: str, value: Any, shape: tuple[int, ...], of: Of = "") -> Array:
     """A parameter or statistic of `shape`, or a scalar for all channels."""
     a = array(fn, name, value)
-    if a.shape != shape and a.ndim:
-        raise ValueError(f"{fn}: {name} has shape {a.shape}, expected {shape}{_origin(of)}")
+    _shape(fn, name, a.shape, shape, of)
     return a
+
+
+def _shape(fn: str, name: str, found: tuple[int, ...], shape: tuple[int, ...], of: Of) -> None:
+    if found not in (shape, ()):
+        raise ValueError(f"{fn}: {name} has shape {found}, expected {shape}{_origin(of)}")
 
 
 def variance(fn: str, name: str, value: Any, shape: tuple[int, ...], of: Of = "") -> Array:
@@ -300,24 +312,67 @@ def not_in_place(fn: str, out: Array, x: Array) -> None:
         raise ValueError(f"{fn}: out is x, which save=True in evaluation must keep; expected another array")
 
 
-def keys(fn: str, state: Any, required: list[str], optional: list[str]) -> None:
-    """A state has all the required keys, and no other but the optional ones."""
+def keys(fn: str, state: Any, required: list[str], optional: list[str]) -> set[str]:
+    """The keys of a state: all the required ones, and no other but the optional ones."""
     if not hasattr(state, "keys"):
         raise TypeError(f"{fn}: state is of type {type(state).__name__}, expected a mapping like state_dict()'s")
-    missing = [k for k in required if k not in state]
-    unknown = [k for k in state if k not in required and k not in optional]
+    found = list(state.keys())
+    missing = [k for k in required if k not in found]
+    unknown = [k for k in found if k not in required and k not in optional]
     if missing or unknown:
-        raise ValueError(f"{fn}: state lacks {missing} and has unknown {unknown}; expected {required}")
+        raise ValueError(f"{fn}: state lacks {missing} and has unknown {reprlib.repr(unknown)}; expected {required}")
+    return set(found)
+
+
+def entry(fn: str, state: Any, name: str, shape: tuple[int, ...], of: Of) -> Any:
+    """One value of a state, whose shape, as far as it is known without reading it, is `shape` or ()."""
+    if isinstance(state, np.lib.npyio.NpzFile):
+        return _unpacked(fn, state.zip, name, shape, of)
+    try:
+        value = state[name]
+    except KeyError:
+        raise ValueError(f"{fn}: state has no {name}, though it is among its keys") from None
+    if isinstance(claimed := getattr(value, "shape", None), tuple):
+        _shape(fn, name, claimed, shape, of)
+    return value
+
+
+def _unpacked(fn: str, archive: Any, name: str, shape: tuple[int, ...], of: Of) -> Array:
+    """An array of an .npz file. Its header comes first: it may claim any size, or objects to be unpickled."""
+    form = np.lib.format
+    with _readable(fn, name):
+        file = archive.open(f"{name}.npy")
+    with file:
+        with _readable(fn, name):
+            if form.read_magic(file) != (1, 0):  # the later ones are for structured dtypes, and for longer headers
+                raise ValueError("it is not in version 1.0 of the .npy format")
+            found, _, dtype = form.read_array_header_1_0(file)
+        _shape(fn, name, found, shape, of)
+        _numeric(fn, name, dtype)
+        with _readable(fn, name):
+            file.seek(0)
+            return np.asarray(form.read_array(file, allow_pickle=False))
+
+
+@contextlib.contextmanager
+def _readable(fn: str, name: str) -> Iterator[None]:
+    """What zipfile, zlib and NumPy raise at a damaged file, with the names of function and argument."""
+    try:
+        yield
+    except Exception as error:
+        raise ValueError(f"{fn}: {name} cannot be read from its file: {error}") from error
 
 
 def count(fn: str, name: str, value: Any) -> int:
-    """A count: an integer, 0 or more (an array of one element counts as its element)."""
+    """A count: an integer from 0 to what int64 holds (an array of one element counts as its element)."""
     try:
         if isinstance(value, (bool, np.bool_)):
             raise TypeError
         n = operator.index(value.item() if isinstance(value, (np.ndarray, np.generic)) else value)
     except (TypeError, ValueError):
         raise TypeError(f"{fn}: {name} is {value!r}, expected an int") from None
+    if abs(n) > sys.maxsize:  # float(n) may overflow, and the digits of n fill a page
+        raise ValueError(f"{fn}: {name} is a number of {n.bit_length()} bits, expected at most {sys.maxsize}")
     if n < 0:
         raise ValueError(f"{fn}: {name} is {n}, expected at least 0")
     return n

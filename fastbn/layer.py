@@ -70,6 +70,8 @@ class BatchNorm:
     (1, 3, 4, 4)
     """
 
+    _names = ("gamma", "beta", "running_mean", "running_var")
+
     def __init__(
         self,
         channels: int | tuple[int, ...],
@@ -286,33 +288,42 @@ class BatchNorm:
         It drops what a forward has saved for `backward`. Without running_count and running_m2, a layer with
         ``momentum=None`` starts a new pool at its next training call; a layer of another momentum ignores them.
 
+        The state may come from a stranger, as the open file of ``np.load("state.npz")`` too: each value is read once,
+        its size and dtype before it, and nothing is ever unpickled.
+
         Raises
         ------
         ValueError
-            A key missing or unknown, a wrong shape, a negative running_var. The layer stays as it was.
+            A key missing or unknown, a wrong shape, a negative running_var, a damaged file. The layer stays as it was.
         TypeError
             A value that is not numeric. The layer stays as it was.
         """
         fn = "BatchNorm.load_state_dict"
-        arrays = self._arrays()
+        arrays, own, of = self._arrays(), self.channels, ", the layer's channels"
         counters = ["num_batches_tracked"] if self.track_running_stats else []
-        _check.keys(
-            fn, state, [*arrays, *counters], ["running_count", "running_m2"] if self.track_running_stats else []
-        )
-        values = {}
+        pooled = ["running_count", "running_m2"] if self.track_running_stats else []
+        found = _check.keys(fn, state, [*arrays, *counters], pooled)
+        after = {}
         for name, a in arrays.items():
             check = _check.variance if name == "running_var" else _check.parameter
-            values[name] = check(fn, name, state[name], a.shape, ", the layer's channels")
-        batches = _check.count(fn, "num_batches_tracked", state["num_batches_tracked"]) if counters else 0
-        pool = Moments.empty(self.channels)
-        if self.momentum is None and "running_count" in state and "running_m2" in state:
-            n = _check.count(fn, "running_count", state["running_count"])
-            m2 = _check.variance(fn, "running_m2", state["running_m2"], self.channels, ", the layer's channels")
-            mean = np.array(np.broadcast_to(values["running_mean"], self.channels), np.float64)
-            pool = Moments(n, mean, np.array(np.broadcast_to(m2, self.channels), np.float64))
-        with np.errstate(all="ignore"):
-            for name, a in arrays.items():
-                a[...] = values[name]
+            value = check(fn, name, _check.entry(fn, state, name, own, of), own, of)
+            with np.errstate(all="ignore"):
+                after[name] = np.array(np.broadcast_to(value, own), a.dtype)  # a copy: it may be an array of the layer
+        one = (1,), ", one number"
+        batches = _check.count(fn, counters[0], _check.entry(fn, state, counters[0], *one)) if counters else 0
+        pool = Moments.empty(own)
+        if self.momentum is None and found.issuperset(pooled) and pooled:
+            n = _check.count(fn, pooled[0], _check.entry(fn, state, pooled[0], *one))
+            m2 = _check.variance(fn, pooled[1], _check.entry(fn, state, pooled[1], own, of), own, of)
+            pool = Moments(n, after["running_mean"].astype(np.float64), np.array(np.broadcast_to(m2, own), np.float64))
+        for name, a in arrays.items():
+            _check.statistic(fn, name, a, own)
+        if self.track_running_stats:
+            self._writable(fn)
+        gamma, beta, mean, var = (arrays.get(name, np.empty(own)) for name in self._names)
+        values = [after.get(name, 0.0) for name in self._names]
+        # All or none: no call between, where Ctrl-C could come (see `update_running`).
+        gamma[...], beta[...], mean[...], var[...] = values
         self.num_batches_tracked, self._pool, self._saved = batches, pool, None
         return self
 
@@ -328,8 +339,7 @@ class BatchNorm:
         return {**self.__dict__, "_saved": None}  # a pickled or copied layer leaves the last batch behind
 
     def _arrays(self) -> dict[str, Array]:
-        names = ("gamma", "beta", "running_mean", "running_var")
-        return {name: a for name in names if (a := getattr(self, name)) is not None}
+        return {name: a for name in self._names if (a := getattr(self, name)) is not None}
 
     def _running(self, fn: str) -> tuple[Array, Array]:
         if self.running_mean is None or self.running_var is None:

@@ -43,14 +43,12 @@ def run(kernel: "Kernel", size: int, *args: Any) -> None:
     elif _layer is not None and _layer != "workqueue":
         _parallel(kernel, args)
     # The layer is not known yet, or bears one region at a time.
-    elif _region.acquire(blocking=False):
-        try:
+    elif _region.locked():
+        kernel.serial(*args)
+    else:
+        with _region:  # not acquire() and try: Ctrl-C between the two would leave it locked
             _parallel(kernel, args)
             _note_layer()
-        finally:
-            _region.release()
-    else:
-        kernel.serial(*args)
 
 
 def planned_threads(size: int) -> int:
@@ -70,15 +68,20 @@ def _parallel(kernel: "Kernel", args: tuple[Any, ...]) -> None:
         kernel.serial(*args)
         return
     thread = threading.get_ident()
-    _inside.add(thread)
     try:
+        _inside.add(thread)
         if wanted < allowed:
             _numba().set_num_threads(wanted)  # of this thread alone
         kernel.parallel(*args)
     finally:
-        if wanted < allowed:
+        try:
+            if wanted < allowed:
+                _numba().set_num_threads(allowed)
+        except BaseException:  # Ctrl-C, just here: a second time it does not come
             _numba().set_num_threads(allowed)
-        _inside.discard(thread)
+            raise
+        finally:
+            _inside.discard(thread)
 
 
 def _note_layer() -> None:

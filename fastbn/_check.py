@@ -6,9 +6,8 @@ A message names the function, the argument, what it is and what was expected. Ch
 import contextlib
 import math
 import operator
-import reprlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -18,6 +17,24 @@ from ._layout import Layout
 
 Array = npt.NDArray[Any]
 FLOAT32, FLOAT64 = np.dtype(np.float32), np.dtype(np.float64)
+EXPECTED = "float32, float64, an integer dtype or bool"
+MOST_AXES = 64  # of a NumPy array
+MOST = 2**63 - 1  # of a count, which is saved as int64
+
+
+def shown(value: Any) -> str:
+    """A value as a message shows it: plain ones as they are, in one line, of others the type.
+
+    What a stranger's object prints may be megabytes, a path, or an exception.
+    """
+    plain = (bool, int, float, complex, str, bytes, type(None), type, np.generic, np.dtype)
+    if not all(isinstance(v, plain) for v in (value if type(value) in (tuple, list) else (value,))):
+        return f"of type {type(value).__name__}"
+    try:
+        text = repr(value)
+    except Exception:  # an int of more than 4300 digits, too
+        return f"an int of {value.bit_length()} bits" if type(value) is int else f"of type {type(value).__name__}"
+    return text if len(text) <= 100 else f"{text[:97]}..."
 
 
 def array(fn: str, name: str, value: Any) -> Array:
@@ -28,33 +45,41 @@ def array(fn: str, name: str, value: Any) -> Array:
         raise TypeError(f"{fn}: {name} is a masked array, whose mask would be ignored; expected a plain array")
     try:
         a = np.asarray(value)
+    except MemoryError:
+        raise
     except ValueError as error:  # ragged
-        raise ValueError(f"{fn}: {name} cannot be made an array: {error}") from None
+        raise ValueError(f"{fn}: {name} cannot be made an array: {error}; expected {EXPECTED}") from None
     except TypeError as error:
-        raise TypeError(f"{fn}: {name} cannot be made an array: {error}") from None
+        raise TypeError(f"{fn}: {name} cannot be made an array: {error}; expected {EXPECTED}") from None
+    except Exception as error:  # of an object's own __array__
+        raise TypeError(f"{fn}: {name} cannot be made an array: {error!r}; expected {EXPECTED}") from error
     _numeric(fn, name, a.dtype)
     return a
 
 
 def _numeric(fn: str, name: str, found: np.dtype[Any]) -> None:
     if not _supported(found):
-        raise TypeError(f"{fn}: {name} has dtype {found}, expected float32, float64, an integer dtype or bool")
+        raise TypeError(f"{fn}: {name} has dtype {found}, expected {EXPECTED}")
 
 
 def _supported(d: np.dtype[Any]) -> bool:
     return d.kind in "biu" or (d.kind == "f" and d.itemsize in (4, 8))
 
 
-def dtype(fn: str, value: Any) -> np.dtype[Any]:
+def dtype(fn: str, name: str, value: Any) -> np.dtype[Any]:
     """A dtype that can be normalized."""
-    d: np.dtype[Any] | None
-    try:
-        d = np.dtype(value)
-    except TypeError:
-        d = None
+    d = _dtype(value)
     if d is None or not _supported(d):
-        raise TypeError(f"{fn}: dtype is {value!r}, expected float32, float64, an integer dtype or bool")
+        raise TypeError(f"{fn}: {name} has {shown(value)}, expected {EXPECTED}")
     return d
+
+
+def _dtype(value: Any) -> np.dtype[Any] | None:
+    """The dtype that a value names, if any; None, which names float64 to NumPy, names none here."""
+    try:
+        return None if value is None else np.dtype(value)
+    except Exception:  # a SyntaxError, even
+        return None
 
 
 def result_dtype(x: Array) -> np.dtype[Any]:
@@ -62,45 +87,84 @@ def result_dtype(x: Array) -> np.dtype[Any]:
     return FLOAT64 if x.dtype.kind == "f" and x.dtype.itemsize == 8 else FLOAT32
 
 
-def axes(fn: str, axis: Any, shape: tuple[int, ...]) -> tuple[int, ...]:
+def axes(fn: str, axis: Any, shape: tuple[int, ...], name: str = "x") -> tuple[int, ...]:
     """The channel axes, ascending and not negative."""
-    if type(axis) is int and 0 <= axis < len(shape):  # the usual case, quickly
+    rank = len(shape)
+    if type(axis) is int and 0 <= axis < rank:  # the usual case, quickly
         return (axis,)
-    given = tuple(axis) if isinstance(axis, (tuple, list)) else (axis,)
-    found = []
-    for a in given:
-        if isinstance(a, (bool, np.bool_)):
-            raise TypeError(f"{fn}: axis is {axis!r}, expected an int or a tuple of ints")
-        try:
-            i = operator.index(a)
-        except TypeError:
-            raise TypeError(f"{fn}: axis is {axis!r}, expected an int or a tuple of ints") from None
-        if not -len(shape) <= i < len(shape):
-            raise ValueError(
-                f"{fn}: axis {i} is out of range for x of shape {shape}; the channel axis is axis={axis!r}"
-            )
-        found.append(i % len(shape))
-    if len(set(found)) < len(found):
-        raise ValueError(f"{fn}: axis={axis!r} names an axis of x of shape {shape} twice")
-    return tuple(sorted(found))
+    found = _ints(fn, "axis", axis)
+    for i in found:
+        if not -rank <= i < rank:
+            expected = f"{-rank} to {rank - 1}" if rank else "(), which names none"
+            raise ValueError(f"{fn}: axis {shown(i)} is out of range for {name} of shape {shape}, expected {expected}")
+    ascending = sorted({i % rank for i in found})
+    if len(ascending) < len(found):
+        raise ValueError(
+            f"{fn}: axis={shown(axis)} names an axis of {name} of shape {shape} twice, expected distinct axes"
+        )
+    return tuple(ascending)
 
 
-def number(fn: str, name: str, value: Any, low: float, high: float | None = None) -> float:
-    """A finite real number from `low` to `high`."""
+def axis_of_four(fn: str, name: str, axis: Any) -> int:
+    """One of the axes of a 4-d array, not negative."""
+    try:
+        i = index(axis)
+    except TypeError:
+        raise TypeError(f"{fn}: {name} has {shown(axis)}, expected ints") from None
+    if not -4 <= i < 4:
+        raise ValueError(f"{fn}: {name} has {shown(i)}, expected -4 to 3")
+    return i % 4
+
+
+def _ints(fn: str, name: str, value: Any) -> list[int]:
+    """The ints of an int or of a tuple of ints. A bool is no int."""
+    try:
+        return [index(v) for v in (value if isinstance(value, (tuple, list)) else (value,))]
+    except TypeError:
+        raise TypeError(f"{fn}: {name} is {shown(value)}, expected an int or a tuple of ints") from None
+
+
+def index(value: Any) -> int:
+    """An int; TypeError of what is none, whatever it raises itself."""
+    if isinstance(value, (bool, np.bool_)):
+        raise TypeError
+    try:
+        return operator.index(value)
+    except Exception:
+        raise TypeError from None
+
+
+def number(fn: str, name: str, value: Any, low: float, high: float | None = None, expected: str = "") -> float:
+    """A finite real number from `low` to `high`. A bool is no number, and no array but one of a single number is."""
     if type(value) is float and low <= value <= (math.inf if high is None else high) and value != math.inf:
         return value
-    expected = f"a number from {low:g} to {high:g}" if high is not None else f"a finite number of at least {low:g}"
-    if isinstance(value, (str, bytes, complex, np.complexfloating)):
-        raise TypeError(f"{fn}: {name} is {value!r}, expected {expected}")
+    if not expected:
+        expected = f"a number from {low:g} to {high:g}" if high is not None else f"a finite number of at least {low:g}"
+    if not _real(value):
+        raise TypeError(f"{fn}: {name} is {shown(value)}, expected {expected}")
     try:
         v = float(value)
     except OverflowError:
         raise ValueError(f"{fn}: {name} is beyond float64, expected {expected}") from None
-    except (TypeError, ValueError):
-        raise TypeError(f"{fn}: {name} is {value!r}, expected {expected}") from None
+    except Exception:
+        raise TypeError(f"{fn}: {name} is {shown(value)}, expected {expected}") from None
     if not (low <= v <= high if high is not None else low <= v < float("inf")):
-        raise ValueError(f"{fn}: {name} is {value!r}, expected {expected}")
+        raise ValueError(f"{fn}: {name} is {shown(value)}, expected {expected}")
     return v
+
+
+def _real(value: Any) -> bool:
+    """Whether a value is one real number, as far as its type says; float() also reads text and buffers."""
+    if isinstance(value, (np.ndarray, np.generic)):
+        return not value.ndim and value.dtype.kind in "iuf" and not isinstance(value, np.ma.MaskedArray)
+    return not isinstance(value, bool) and (hasattr(value, "__float__") or hasattr(value, "__index__"))
+
+
+def flag(fn: str, name: str, value: Any) -> bool:
+    """True or False. Text would always be true, and "eval" is not meant as that."""
+    if not isinstance(value, (bool, np.bool_)):
+        raise TypeError(f"{fn}: {name} is {shown(value)}, expected True or False")
+    return bool(value)
 
 
 def eps(fn: str, value: Any) -> float:
@@ -112,9 +176,11 @@ def correction(fn: str, value: Any) -> int:
     """correction: 0 or 1."""
     if type(value) is int and 0 <= value <= 1:
         return value
-    if isinstance(value, (bool, str)) or np.ndim(value) or value not in (0, 1):
-        raise ValueError(f"{fn}: correction is {value!r}, expected 0 (divide by n) or 1 (divide by n - 1)")
-    return int(value)
+    expected = "0 (divide by n) or 1 (divide by n - 1)"
+    v = number(fn, "correction", value, 0.0, 1.0, expected)
+    if not v.is_integer():
+        raise ValueError(f"{fn}: correction is {shown(value)}, expected {expected}")
+    return int(v)
 
 
 Of = tuple[Array, Any] | str
@@ -122,7 +188,7 @@ Of = tuple[Array, Any] | str
 
 
 def _origin(of: Of) -> str:
-    return of if isinstance(of, str) else f", the channels of x; x has shape {of[0].shape}, axis={of[1]!r}"
+    return of if isinstance(of, str) else f", the channels of x; x has shape {of[0].shape}, axis={shown(of[1])}"
 
 
 def parameter(fn: str, name: str, value: Any, shape: tuple[int, ...], of: Of = "") -> Array:
@@ -140,11 +206,16 @@ def _shape(fn: str, name: str, found: tuple[int, ...], shape: tuple[int, ...], o
 def variance(fn: str, name: str, value: Any, shape: tuple[int, ...], of: Of = "") -> Array:
     """A variance: as `parameter`, and nowhere negative."""
     a = parameter(fn, name, value, shape, of)
+    not_negative(fn, name, a)
+    return a
+
+
+def not_negative(fn: str, name: str, a: Array) -> None:
+    """A variance or a sum of squares, NaN where it is unknown."""
     if np.count_nonzero(a < 0):  # quicker than any()
         where = np.unravel_index(int(np.argmax(a < 0)), a.shape)
         at = f" at {tuple(int(i) for i in where)}" if a.ndim else ""
-        raise ValueError(f"{fn}: {name} is {a[where]}{at}, expected no negative variance")
-    return a
+        raise ValueError(f"{fn}: {name} is {a[where]}{at}, expected no negative value")
 
 
 def no_zero(fn: str, gamma: Array) -> None:
@@ -161,7 +232,7 @@ def more_than_one(fn: str, lay: Layout, x: Array, axis: Any) -> None:
     if lay.per_channel == 1 and lay.size:
         raise ValueError(
             f"{fn}: x has one value per channel, expected at least two in training; "
-            f"x has shape {x.shape}, axis={axis!r}"
+            f"x has shape {x.shape}, axis={shown(axis)}"
         )
 
 
@@ -205,7 +276,9 @@ def _identical(a: Array, b: Array) -> bool:
     if a is b:
         return True
     here, there = a.__array_interface__, b.__array_interface__
-    return here["data"][0] == there["data"][0] and a.strides == b.strides and a.dtype == b.dtype
+    # The stride of an axis of length 1 leads nowhere.
+    steps = [[s for n, s in zip(c.shape, c.strides, strict=True) if n != 1] for c in (a, b)]
+    return here["data"][0] == there["data"][0] and steps[0] == steps[1] and a.dtype == b.dtype
 
 
 def _overlaps_itself(a: Array) -> bool:
@@ -243,12 +316,16 @@ def statistic(fn: str, name: str, value: Any, shape: tuple[int, ...]) -> Array:
     """A running statistic that is updated in place: a writable float32 or float64 array of `shape`."""
     if not isinstance(value, np.ndarray):
         raise TypeError(f"{fn}: {name} is of type {type(value).__name__}, expected a NumPy array (updated in place)")
+    if isinstance(value, np.ma.MaskedArray):
+        raise TypeError(f"{fn}: {name} is a masked array, expected a plain array")
     if value.dtype not in (FLOAT32, FLOAT64):
         raise TypeError(f"{fn}: {name} has dtype {value.dtype}, expected float32 or float64")
     if value.shape != shape:
         raise ValueError(f"{fn}: {name} has shape {value.shape}, expected {shape}, the shape of the moments")
     if not value.flags.writeable:
         raise ValueError(f"{fn}: {name} is read-only, expected a writable array (updated in place)")
+    if _overlaps_itself(value):
+        raise ValueError(f"{fn}: {name} has strides {value.strides}: its elements overlap, expected distinct ones")
     return value
 
 
@@ -257,53 +334,43 @@ def statistic(fn: str, name: str, value: Any, shape: tuple[int, ...]) -> Array:
 
 def channel_shape(fn: str, value: Any, least: int = 1) -> tuple[int, ...]:
     """The channels of a layer: an int, or a tuple of ints, at least `least` each."""
-    given = tuple(value) if isinstance(value, (tuple, list)) else (value,)
-    shape = []
-    for n in given:
-        try:
-            if isinstance(n, (bool, np.bool_)):
-                raise TypeError
-            shape.append(operator.index(n))
-        except TypeError:
-            raise TypeError(f"{fn}: channels is {value!r}, expected an int or a tuple of ints") from None
+    shape = tuple(_ints(fn, "channels", value))
     if any(n < least for n in shape):
-        raise ValueError(f"{fn}: channels is {value!r}, expected at least {least}")
-    return tuple(shape)
+        raise ValueError(f"{fn}: channels is {shown(value)}, expected at least {least}")
+    if len(shape) > MOST_AXES or math.prod(max(n, 1) for n in shape) > sys.maxsize // FLOAT64.itemsize:
+        raise ValueError(f"{fn}: channels is {shown(value)}, expected the shape of an array that NumPy can make")
+    return shape
 
 
 def layer_axis(fn: str, axis: Any, shape: tuple[int, ...]) -> int | tuple[int, ...]:
     """The channel axes of a layer, as many as its channels have; their range is checked when x is known."""
-    given = tuple(axis) if isinstance(axis, (tuple, list)) else (axis,)
-    found = []
-    for a in given:
-        try:
-            if isinstance(a, (bool, np.bool_)):
-                raise TypeError
-            found.append(operator.index(a))
-        except TypeError:
-            raise TypeError(f"{fn}: axis is {axis!r}, expected an int or a tuple of ints") from None
+    found = _ints(fn, "axis", axis)
     if len(found) != len(shape):
-        raise ValueError(f"{fn}: axis={axis!r} has {len(found)} channel axes, expected {len(shape)}: channels={shape}")
+        raise ValueError(
+            f"{fn}: axis={shown(axis)} has {len(found)} channel axes, expected {len(shape)}: channels={shape}"
+        )
+    if len(set(found)) < len(found):
+        raise ValueError(f"{fn}: axis={shown(axis)} names an axis twice, expected distinct axes")
+    if any(not -MOST_AXES <= a < MOST_AXES for a in found):
+        raise ValueError(f"{fn}: axis is {shown(axis)}, expected {-MOST_AXES} to {MOST_AXES - 1}")
     return tuple(found) if isinstance(axis, (tuple, list)) else found[0]
 
 
 def parameter_dtype(fn: str, value: Any) -> np.dtype[Any]:
     """The dtype of parameters and running statistics."""
-    d: np.dtype[Any] | None
-    try:
-        d = np.dtype(value)
-    except TypeError:
-        d = None
-    if d is None or value is None or d not in (FLOAT32, FLOAT64):
-        raise TypeError(f"{fn}: dtype is {value!r}, expected float32 or float64")
+    d = _dtype(value)
+    if d is None or d not in (FLOAT32, FLOAT64):
+        raise TypeError(f"{fn}: dtype is {shown(value)}, expected float32 or float64")
     return d
 
 
-def channels(fn: str, x: Array, axis: Any, shape: tuple[int, ...]) -> None:
+def channels(fn: str, x: Array, axis: Any, shape: tuple[int, ...], name: str = "x") -> None:
     """x has the channels of the layer."""
-    found = tuple(x.shape[a] for a in axes(fn, axis, x.shape))
+    found = tuple(x.shape[a] for a in axes(fn, axis, x.shape, name))
     if found != shape:
-        raise ValueError(f"{fn}: x has channels {found}, expected {shape}; x has shape {x.shape}, axis={axis!r}")
+        raise ValueError(
+            f"{fn}: {name} has channels {found}, expected {shape}; it has shape {x.shape}, axis={shown(axis)}"
+        )
 
 
 def not_in_place(fn: str, out: Array, x: Array) -> None:
@@ -314,13 +381,17 @@ def not_in_place(fn: str, out: Array, x: Array) -> None:
 
 def keys(fn: str, state: Any, required: list[str], optional: list[str]) -> set[str]:
     """The keys of a state: all the required ones, and no other but the optional ones."""
-    if not hasattr(state, "keys"):
+    if not isinstance(state, Mapping):
         raise TypeError(f"{fn}: state is of type {type(state).__name__}, expected a mapping like state_dict()'s")
     found = list(state.keys())
     missing = [k for k in required if k not in found]
     unknown = [k for k in found if k not in required and k not in optional]
     if missing or unknown:
-        raise ValueError(f"{fn}: state lacks {missing} and has unknown {reprlib.repr(unknown)}; expected {required}")
+        more = [shown(k) for k in unknown[:5]]
+        raise ValueError(
+            f"{fn}: state lacks {', '.join(missing) or 'nothing'} and has {len(unknown)} unknown ({', '.join(more)}); "
+            f"expected {', '.join(required)}"
+        )
     return set(found)
 
 
@@ -364,15 +435,13 @@ def _readable(fn: str, name: str) -> Iterator[None]:
 
 
 def count(fn: str, name: str, value: Any) -> int:
-    """A count: an integer from 0 to what int64 holds (an array of one element counts as its element)."""
+    """A count: an integer of 63 bits, 0 or more (an integer array of one element counts as its element)."""
+    if isinstance(value, np.ndarray) and value.size == 1 and value.dtype.kind in "iu":
+        value = value.item()
     try:
-        if isinstance(value, (bool, np.bool_)):
-            raise TypeError
-        n = operator.index(value.item() if isinstance(value, (np.ndarray, np.generic)) else value)
-    except (TypeError, ValueError):
-        raise TypeError(f"{fn}: {name} is {value!r}, expected an int") from None
-    if abs(n) > sys.maxsize:  # float(n) may overflow, and the digits of n fill a page
-        raise ValueError(f"{fn}: {name} is a number of {n.bit_length()} bits, expected at most {sys.maxsize}")
-    if n < 0:
-        raise ValueError(f"{fn}: {name} is {n}, expected at least 0")
+        n = index(value)
+    except TypeError:
+        raise TypeError(f"{fn}: {name} is {shown(value)}, expected an int") from None
+    if not 0 <= n <= MOST:
+        raise ValueError(f"{fn}: {name} is {shown(n)}, expected 0 to {MOST}")
     return n

@@ -37,12 +37,10 @@ def warmup(dtypes: Any = ("float32",), axes: Any = (1, -1), *, progress: bool = 
     """
     fn = "warmup"
     given = dtypes if isinstance(dtypes, (list, tuple, set)) else [dtypes]
-    checked = [_check.dtype(fn, d) for d in given]
-    channels: list[int] = []
-    for axis in axes if isinstance(axes, (list, tuple, set, range)) else [axes]:
-        if isinstance(axis, (list, tuple)):
-            raise TypeError(f"{fn}: axes has {axis!r}, expected ints")
-        channels += _check.axes(fn, axis, (1,) * 4)
+    checked = [_check.dtype(fn, "dtypes", d) for d in given]
+    channels = [
+        _check.axis_of_four(fn, "axes", a) for a in (axes if isinstance(axes, (list, tuple, set, range)) else [axes])
+    ]
     # Long inner runs and short ones, small (serial) and large (parallel).
     shapes = ((2, 8, 2, 2), (2, 8, 16, 16), (2, 64, 32, 32), (256, 64, 2, 2))
     xs = [(np.moveaxis(np.ones(s, d), 1, axis).copy(), axis) for d in checked for axis in channels for s in shapes]

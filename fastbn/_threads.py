@@ -179,10 +179,10 @@ def set_num_threads(n: int | None) -> None:
             if isinstance(n, bool):
                 raise TypeError
             n = operator.index(n)
-        except TypeError:
-            raise TypeError(f"set_num_threads: n is {n!r}, expected an int or None") from None
+        except Exception:  # of a stranger's __index__
+            raise TypeError(f"set_num_threads: n is of type {type(n).__name__}, expected an int or None") from None
         if n < 1:
-            raise ValueError(f"set_num_threads: n is {n}, expected at least 1")
+            raise ValueError("set_num_threads: n is zero or negative, expected at least 1")
     _limit = n
 
 

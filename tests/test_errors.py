@@ -60,6 +60,9 @@ EPS = [
     ("list", TypeError, [1e-5]),
     ("array", TypeError, np.array([1e-5, 1e-5])),
     ("an object", TypeError, Unfloatable()),
+    ("bool", TypeError, True),
+    ("bytearray", TypeError, bytearray(b"1")),
+    ("of text", TypeError, np.array("1e-5")),
 ]
 PARAMETERS = [
     ("short", ValueError, np.ones(C - 1)),
@@ -163,7 +166,9 @@ def test_the_message_says_what_it_has_and_what_was_expected():
         fastbn.moments(np.ones(3, "complex64"))
     with pytest.raises(ValueError, match=r"batch_norm: var is -2 at \(1,\)"):
         fastbn.batch_norm(x(), 0, [1, -2, 1])
-    with pytest.raises(ValueError, match=r"batch_norm: axis 5 is out of range for x of shape \(4, 3, 5\)"):
+    with pytest.raises(
+        ValueError, match=r"^batch_norm: axis 5 is out of range for x of shape \(4, 3, 5\), expected -3 to 2$"
+    ):
         fastbn.batch_norm(x(), 0, 1, axis=5)
 
 
@@ -202,6 +207,8 @@ RUNNING = [
     ("broadcastable", ValueError, np.zeros((1, C))),
     ("read-only", ValueError, read_only(np.zeros(C))),
     ("None", TypeError, None),
+    ("masked", TypeError, np.ma.masked_less(np.zeros(C), -1)),
+    ("overlapping", ValueError, np.lib.stride_tricks.as_strided(np.zeros(1), (C,), (0,))),
 ]
 MOMENTUM = [
     ("negative", ValueError, -0.1),
@@ -209,13 +216,15 @@ MOMENTUM = [
     ("nan", ValueError, float("nan")),
     ("str", TypeError, "0.9"),
     ("complex", TypeError, 1j),
+    ("bool", TypeError, True),
 ]
 CORRECTION = [
+    ("complex", TypeError, complex(1)),
     ("2", ValueError, 2),
     ("half", ValueError, 0.5),
-    ("bool", ValueError, True),
-    ("str", ValueError, "1"),
-    ("None", ValueError, None),
+    ("bool", TypeError, True),
+    ("str", TypeError, "1"),
+    ("None", TypeError, None),
 ]
 UPDATES = {
     "running_mean": RUNNING,
@@ -278,10 +287,10 @@ def test_bad_numbers_of_threads(n, error):
 @pytest.mark.parametrize(
     ("arguments", "argument", "error"),
     [
-        ({"dtypes": ["complex64"]}, "dtype", TypeError),
-        ({"dtypes": "no dtype"}, "dtype", TypeError),
-        ({"axes": [7]}, "axis", ValueError),
-        ({"axes": ["1"]}, "axis", TypeError),
+        ({"dtypes": ["complex64"]}, "dtypes", TypeError),
+        ({"dtypes": "no dtype"}, "dtypes", TypeError),
+        ({"axes": [7]}, "axes", ValueError),
+        ({"axes": ["1"]}, "axes", TypeError),
     ],
 )
 def test_bad_warmups(arguments, argument, error):
@@ -311,13 +320,14 @@ def test_an_out_over_a_parameter_is_refused(rng, name):
     ("call", "error", "message"),
     [
         (lambda: fastbn.batch_norm(np.ones((2, 1)), 0, 1, eps=10**400), ValueError, "batch_norm: eps"),
-        (lambda: fastbn.Moments.empty(3).var(np.array([0, 1])), ValueError, "Moments.var: correction"),
+        (lambda: fastbn.Moments.empty(3).var(np.array([0, 1])), TypeError, "Moments.var: correction"),
         (lambda: fastbn.set_num_threads(np.array([1, 2])), TypeError, "set_num_threads: n"),
         (lambda: fastbn.Moments(np.array([1, 2]), [0], [0]), TypeError, "Moments: count"),
         (lambda: fastbn.Moments.empty(-1), ValueError, "Moments.empty: channels"),
         (lambda: fastbn.Moments.empty(2.5), TypeError, "Moments.empty: channels"),
         (lambda: fastbn.BatchNorm(3).fit_population(3), TypeError, "fit_population: batches"),
-        (lambda: fastbn.warmup(None, [7]), ValueError, "warmup: axis 7"),
+        (lambda: fastbn.warmup(None, [7]), TypeError, "warmup: dtypes has None"),
+        (lambda: fastbn.warmup(axes=[7]), ValueError, "warmup: axes has 7, expected -4 to 3"),
         (lambda: fastbn.warmup(axes=((1, 2),)), TypeError, "warmup: axes"),
     ],
 )

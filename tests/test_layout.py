@@ -86,6 +86,14 @@ def test_in_place_gives_the_same_bits(rng, view):
     np.testing.assert_array_equal(x, y)
 
 
+def test_the_stride_of_an_axis_of_length_1_does_not_tell_arrays_apart(rng):
+    x = rng.normal(size=(1, 3, 5))
+    again = np.lib.stride_tricks.as_strided(x, x.shape, (999, *x.strides[1:]))
+    expected = fastbn.batch_norm(x, 0.5, 2.0)
+    assert fastbn.batch_norm(x, 0.5, 2.0, out=again) is again
+    np.testing.assert_array_equal(x, expected)
+
+
 @pytest.mark.parametrize("case", [SMALL[0], SMALL[1], BIG[0], BIG[8]], ids=str)
 def test_backward_of_an_in_place_forward(rng, case):
     d = case.data(rng, "float32")

@@ -321,13 +321,16 @@ class Saved:
     @property
     def var(self) -> Array:
         """Variance per channel, divided by n, float64."""
-        return np.asarray((self._state[1] / self._divisor).reshape(self._layout.channel_shape))
+        with np.errstate(all="ignore"):  # whatever the caller's: a subnormal variance is no error
+            return np.asarray((self._state[1] / self._divisor).reshape(self._layout.channel_shape))
 
     @property
     def moments(self) -> Moments:
         """Count, mean and centred sum of squares, for `update_running` and merging."""
         m = self.shared_moments()
-        return Moments.trusted(m.count, m.mean.copy(), m.m2 * self.count if self.frozen else m.m2.copy())
+        with np.errstate(all="ignore"):
+            m2 = np.asarray(m.m2 * self.count) if self.frozen else m.m2.copy()
+        return Moments.trusted(m.count, m.mean.copy(), m2)
 
     def shared_moments(self) -> Moments:
         """`moments` of a forward that took them from x, without a copy."""

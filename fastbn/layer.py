@@ -258,8 +258,9 @@ class BatchNorm:
         """
         fn = "BatchNorm.fold"
         mean, var = (s.astype(np.float64) for s in self._running(fn))
-        v = _check.variance(fn, "running_var", var, self.channels) + self.eps
+        _check.not_negative(fn, "running_var", var)
         with np.errstate(all="ignore"):
+            v = var + self.eps
             scale = np.where(v == 0, 0.0, 1.0 / np.sqrt(v))
             if self.gamma is not None:
                 scale = scale * self.gamma

@@ -31,6 +31,8 @@ class Moments:
     m2 : (C,) float64 array
         Sum of (x - mean)**2 per channel.
 
+    The arrays given are copied.
+
     References
     ----------
     Chan, Golub, LeVeque 1983, "Algorithms for computing the sample variance", equation 2.1.
@@ -52,11 +54,12 @@ class Moments:
         fn = "Moments"
         object.__setattr__(self, "count", _check.count(fn, "count", self.count))
         for name in ("mean", "m2"):
-            object.__setattr__(self, name, _check.array(fn, name, getattr(self, name)).astype(np.float64, copy=False))
+            given = _check.array(fn, name, getattr(self, name))
+            with np.errstate(all="ignore"):
+                object.__setattr__(self, name, np.array(given, np.float64))
         if self.mean.shape != self.m2.shape:
             raise ValueError(f"{fn}: m2 has shape {self.m2.shape}, expected {self.mean.shape}, the shape of mean")
-        if np.any(self.m2 < 0):
-            raise ValueError(f"{fn}: m2 has a negative value {self.m2.min()}, expected sums of squares")
+        _check.not_negative(fn, "m2", self.m2)
 
     @classmethod
     def trusted(cls, count: int, mean: Array, m2: Array) -> Self:
@@ -107,11 +110,14 @@ class Moments:
             0 for the variance that normalizes, 1 for the unbiased estimate.
         """
         n = self.count - _check.correction("Moments.var", correction)
-        return self.m2 / n if n > 0 else np.full_like(self.m2, np.nan)
+        if n <= 0:
+            return np.full_like(self.m2, np.nan)
+        with np.errstate(all="ignore"):  # whatever the caller's: a subnormal variance is no error
+            return np.asarray(self.m2 / n)
 
     def std(self, correction: int = 0) -> Array:
         """Standard deviation per channel: the square root of `var`."""
-        return np.sqrt(self.var(correction))
+        return np.asarray(np.sqrt(self.var(correction)))
 
 
 def moments(x: npt.ArrayLike, *, axis: int | tuple[int, ...] = 1) -> Moments:

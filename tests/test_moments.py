@@ -105,6 +105,44 @@ def test_moments_of_its_own_lists():
         m.count = 3
 
 
+def test_moments_keep_copies_of_what_they_are_given():
+    mean, m2 = np.ones(2), np.ones(2)
+    m = fastbn.Moments(2, mean, m2)
+    mean[:], m2[:] = 7, 7
+    np.testing.assert_array_equal([m.mean, m.m2], np.ones((2, 2)))
+
+
+def test_values_do_not_depend_on_the_floating_point_errors_of_the_caller():
+    """Underflow and overflow, NaN and infinity, and float32's signaling NaN; warnings are errors in any case."""
+    x = np.array([[1e-170, 1e200, np.inf, np.nan], [0, 0, 0, 0], [0, 0, 0, 0]])
+    signaling = np.array([0x7F800001], "uint32").view("float32")
+
+    def values():
+        _, saved = fastbn.batch_norm_train(x)
+        fixed = fastbn.Saved.fixed(x, 0, [1e308, 5e-324, np.inf, np.nan])
+        m = fastbn.Moments(3, [0.0] * 4, [5e-324, 1e308, np.inf, np.nan])
+        bn = fastbn.BatchNorm(4, eps=1e308, dtype="float64")
+        bn.running_var[:] = [1e308, 1.79e308, np.inf, np.nan]
+        of = [saved.moments, fixed.moments, m, m + m, m + saved.moments, fastbn.Moments(1, signaling, signaling)]
+        return [saved.var, fixed.var, *bn.fold(), *(v for m in of for v in (m.mean, m.m2, m.var(), m.std(1)))]
+
+    expected = values()
+    with np.errstate(all="raise"):
+        found = values()
+    np.testing.assert_array_equal(np.concatenate(found), np.concatenate(expected))
+
+
+def test_the_variance_of_the_whole_array_is_an_array():
+    m = fastbn.moments(np.arange(4.0), axis=())
+    for a in (m.var(), m.std(), fastbn.Moments.empty(()).std(), fastbn.Saved.fixed(np.arange(4.0), 0, 1, axis=()).var):
+        assert type(a) is np.ndarray
+
+
+def test_the_negative_sum_of_squares_is_named_beside_nan():
+    with pytest.raises(ValueError, match=r"^Moments: m2 is -1.0 at \(1,\), expected no negative value$"):
+        fastbn.Moments(3, [0.0, 0.0], [np.nan, -1.0])
+
+
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("case", [*SMALL[:3], SMALL[-1], BIG[0], BIG[2], BIG[6], BIG[8]], ids=str)
 def test_the_bits_are_those_of_training(rng, case, dtype):

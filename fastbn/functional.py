@@ -78,7 +78,9 @@ def batch_norm(
     x = _check.array(fn, "x", x)
     lay = layout_of(x, _check.axes(fn, axis, x.shape))
     eps = _check.eps(fn, eps)
-    state = _given(fn, mean, var, gamma, beta, lay, (x, axis))
+    mean, var = _statistics(fn, mean, var, lay, (x, axis))
+    gamma, beta = _parameters(fn, gamma, beta, lay, (x, axis))
+    state = _state(lay, gamma, beta, mean, var)
     dtype = _check.result_dtype(x)
     if out is not None:
         reads = {"x": x, "mean": mean, "var": var, "gamma": gamma, "beta": beta}
@@ -150,7 +152,8 @@ def batch_norm_train(
     x = _check.array(fn, "x", x)
     lay = layout_of(x, _check.axes(fn, axis, x.shape))
     eps = _check.eps(fn, eps)
-    state = _state(fn, gamma, beta, lay, (x, axis))
+    gamma, beta = _parameters(fn, gamma, beta, lay, (x, axis))
+    state = _state(lay, gamma, beta)
     _check.more_than_one(fn, lay, x, axis)
     dtype = _check.result_dtype(x)
     overwritten = out is not None and _check.out(fn, out, x.shape, dtype, "x", {"x": x, "gamma": gamma, "beta": beta})
@@ -300,7 +303,9 @@ class Saved:
         fn = "Saved.fixed"
         x = _check.array(fn, "x", x)
         lay = layout_of(x, _check.axes(fn, axis, x.shape))
-        state = _given(fn, mean, var, gamma, beta, lay, (x, axis))
+        mean, var = _statistics(fn, mean, var, lay, (x, axis))
+        gamma, beta = _parameters(fn, gamma, beta, lay, (x, axis))
+        state = _state(lay, gamma, beta, mean, var)
         dtype = _check.result_dtype(x)
         return cls(
             x, lay, state, _check.eps(fn, eps),
@@ -348,21 +353,34 @@ class Saved:
         return 1.0 if self.frozen else float(max(self.count, 1))
 
 
-def _state(fn: str, gamma: Any, beta: Any, lay: Layout, of: _check.Of) -> Array:
-    """What the kernels know of each channel: the rows mean, m2 (both 0 so far), gamma and beta, in float64."""
+def _parameters(fn: str, gamma: Any, beta: Any, lay: Layout, of: _check.Of) -> tuple[Array | None, Array | None]:
+    """Gamma and beta as arrays, as far as they are given: what an object gives as its array is asked for once."""
+    return (
+        None if gamma is None else _check.parameter(fn, "gamma", gamma, lay.channel_shape, of),
+        None if beta is None else _check.parameter(fn, "beta", beta, lay.channel_shape, of),
+    )
+
+
+def _statistics(fn: str, mean: Any, var: Any, lay: Layout, of: _check.Of) -> tuple[Array, Array]:
+    return (
+        _check.parameter(fn, "mean", mean, lay.channel_shape, of),
+        _check.variance(fn, "var", var, lay.channel_shape, of),
+    )
+
+
+def _state(
+    lay: Layout, gamma: Array | None, beta: Array | None, mean: Array | None = None, var: Array | None = None
+) -> Array:
+    """What the kernels know of each channel: the rows mean, m2 (both 0 so far), gamma and beta, in float64.
+
+    With given statistics var takes the place of m2, and the count is 1.
+    """
     state = np.zeros((4, lay.channels))
-    state[2] = 1.0 if gamma is None else _row(_check.parameter(fn, "gamma", gamma, lay.channel_shape, of))
+    if mean is not None and var is not None:
+        state[0], state[1] = _row(mean), _row(var)
+    state[2] = 1.0 if gamma is None else _row(gamma)
     if beta is not None:
-        state[3] = _row(_check.parameter(fn, "beta", beta, lay.channel_shape, of))
-    return state
-
-
-def _given(fn: str, mean: Any, var: Any, gamma: Any, beta: Any, lay: Layout, of: _check.Of) -> Array:
-    """The same with given statistics: var takes the place of m2, and the count is 1."""
-    mean = _check.parameter(fn, "mean", mean, lay.channel_shape, of)
-    var = _check.variance(fn, "var", var, lay.channel_shape, of)
-    state = _state(fn, gamma, beta, lay, of)
-    state[0], state[1] = _row(mean), _row(var)
+        state[3] = _row(beta)
     return state
 
 
@@ -370,10 +388,10 @@ def _row(parameter: Array) -> Array:
     return parameter if parameter.ndim < 2 else parameter.reshape(-1)
 
 
-def _dtype_of(parameter: Any, default: np.dtype[Any]) -> np.dtype[Any]:
+def _dtype_of(parameter: Array | None, default: np.dtype[Any]) -> np.dtype[Any]:
     if parameter is None:
         return default
-    dtype = np.asarray(parameter).dtype
+    dtype = parameter.dtype
     return default if dtype.kind != "f" else dtype if dtype.isnative else dtype.newbyteorder("=")
 
 

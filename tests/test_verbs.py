@@ -114,6 +114,26 @@ def test_one_value_per_channel_can_be_inferred():
     np.testing.assert_array_equal(y, [0, 0, 0])
 
 
+def test_a_parameter_is_asked_for_its_array_once(rng):
+    """The second time may give another, or fail after y is written."""
+
+    class Once:
+        def __init__(self, a):
+            self.a = [a]
+
+        def __array__(self, dtype=None, copy=None):
+            return self.a.pop()
+
+    d = SMALL[0].data(rng, "float32")
+    y, saved = fastbn.batch_norm_train(Once(d.x), Once(d.gamma), Once(d.beta))
+    np.testing.assert_array_equal(y, fastbn.batch_norm_train(d.x, d.gamma, d.beta)[0])
+    dx = fastbn.batch_norm_backward(Once(d.dy), saved)[0]
+    assert dx.shape == d.x.shape
+    given = (d.mean, d.var, d.gamma, d.beta)
+    np.testing.assert_array_equal(fastbn.batch_norm(d.x, *map(Once, given)), fastbn.batch_norm(d.x, *given))
+    assert fastbn.Saved.fixed(d.x, *map(Once, given)).frozen
+
+
 @pytest.mark.parametrize("shape", [(0, 3, 4), (2, 3, 0), (0,), (0, 3)])
 def test_an_empty_batch_gives_an_empty_result(shape):
     axis = 1 if len(shape) > 1 else ()

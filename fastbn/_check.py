@@ -321,12 +321,12 @@ def statistic(fn: str, name: str, value: Any, shape: tuple[int, ...]) -> Array:
     if value.dtype not in (FLOAT32, FLOAT64):
         raise TypeError(f"{fn}: {name} has dtype {value.dtype}, expected float32 or float64")
     if value.shape != shape:
-        raise ValueError(f"{fn}: {name} has shape {value.shape}, expected {shape}, the shape of the moments")
+        raise ValueError(f"{fn}: {name} has shape {value.shape}, expected {shape}, one value per channel")
     if not value.flags.writeable:
         raise ValueError(f"{fn}: {name} is read-only, expected a writable array (updated in place)")
     if _overlaps_itself(value):
         raise ValueError(f"{fn}: {name} has strides {value.strides}: its elements overlap, expected distinct ones")
-    return value
+    return np.asarray(value)
 
 
 # ---------------------------------------------------------------------------------------------------------- the layer

@@ -202,8 +202,8 @@ def update_running(
     fn = "update_running"
     if not isinstance(m, Moments):
         raise TypeError(f"{fn}: m is of type {type(m).__name__}, expected Moments")
-    _check.statistic(fn, "running_mean", running_mean, m.mean.shape)
-    _check.statistic(fn, "running_var", running_var, m.mean.shape)
+    running_mean = _check.statistic(fn, "running_mean", running_mean, m.mean.shape)
+    running_var = _check.statistic(fn, "running_var", running_var, m.mean.shape)
     momentum = _check.number(fn, "momentum", momentum, 0.0, 1.0)
     correction = _check.correction(fn, correction)
     if not m.count:

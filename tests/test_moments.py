@@ -201,6 +201,16 @@ def test_an_empty_batch_moves_nothing():
     assert (mean[0], var[0]) == (1.5, 2.5)
 
 
+@pytest.mark.parametrize("momentum", [0, 0.5, 1])
+def test_running_statistics_may_be_the_arrays_of_the_moments(rng, momentum):
+    """Even those of the other kind: both are computed before either is written."""
+    m = fastbn.moments(rng.normal(3, 2, (9, 4)))
+    mean, var = m.m2.copy(), m.mean.copy()
+    fastbn.update_running(mean, var, m, momentum=momentum)
+    fastbn.update_running(m.m2, m.mean, m, momentum=momentum)
+    np.testing.assert_array_equal([m.m2, m.mean], [mean, var])
+
+
 def test_strided_running_statistics(rng):
     block = np.zeros((3, 2))
     m = fastbn.moments(rng.normal(size=(9, 3)))

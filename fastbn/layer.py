@@ -91,8 +91,9 @@ class BatchNorm:
         self.eps = _check.eps(fn, eps)
         self.momentum = None if momentum is None else _check.number(fn, "momentum", momentum, 0.0, 1.0)
         self.correction = _check.correction(fn, correction)
-        self.track_running_stats = bool(track_running_stats)
+        self.track_running_stats = _check.flag(fn, "track_running_stats", track_running_stats)
         self.dtype = _check.parameter_dtype(fn, dtype)
+        scale, center = _check.flag(fn, "scale", scale), _check.flag(fn, "center", center)
         self.gamma = np.ones(shape, self.dtype) if scale else None
         self.beta = np.zeros(shape, self.dtype) if center else None
         self.running_mean: Array | None = None
@@ -109,7 +110,7 @@ class BatchNorm:
 
     def train(self, mode: bool = True) -> Self:
         """Switch to training, or with False to evaluation; returns the layer."""
-        self.training = bool(mode)
+        self.training = _check.flag("BatchNorm.train", "mode", mode)
         return self
 
     def eval(self) -> Self:
@@ -142,7 +143,7 @@ class BatchNorm:
         fn = "BatchNorm"
         x = _check.array(fn, "x", x)
         _check.channels(fn, x, self.axis, self.channels)
-        save = self.training if save is None else save
+        save = self.training if save is None else _check.flag(fn, "save", save)
         if self.training or not self.track_running_stats:
             tracks = self.training and self.track_running_stats
             if tracks:
@@ -227,7 +228,7 @@ class BatchNorm:
             raise TypeError(f"{fn}: batches is of type {type(batches).__name__}, expected an iterable of arrays")
         for batch in batches:
             x = _check.array(fn, "batch", batch)
-            _check.channels(fn, x, self.axis, self.channels)
+            _check.channels(fn, x, self.axis, self.channels, "batch")
             pool += moments(x, axis=self.axis)
         if pool.count <= self.correction:
             raise ValueError(
@@ -257,10 +258,12 @@ class BatchNorm:
         Folded, digits are lost where abs(mean) is large beside the standard deviation; `batch_norm` does not lose them.
         """
         fn = "BatchNorm.fold"
-        mean, var = (s.astype(np.float64) for s in self._running(fn))
-        _check.not_negative(fn, "running_var", var)
+        of = ", the layer's channels"
+        mean, var = self._running(fn)
+        mean = _check.parameter(fn, "running_mean", mean, self.channels, of)
+        var = _check.variance(fn, "running_var", var, self.channels, of)
         with np.errstate(all="ignore"):
-            v = var + self.eps
+            mean, v = mean.astype(np.float64), var.astype(np.float64) + self.eps
             scale = np.where(v == 0, 0.0, 1.0 / np.sqrt(v))
             if self.gamma is not None:
                 scale = scale * self.gamma
@@ -286,7 +289,7 @@ class BatchNorm:
     def load_state_dict(self, state: Mapping[str, Any]) -> Self:
         """Set everything that `state_dict` returns, in place; returns the layer.
 
-        It drops what a forward has saved for `backward`. Without running_count and running_m2, a layer with
+        It drops what a forward has saved for `backward`. Without both running_count and running_m2, a layer with
         ``momentum=None`` starts a new pool at its next training call; a layer of another momentum ignores them.
 
         The state may come from a stranger, as the open file of ``np.load("state.npz")`` too: each value is read once,
@@ -306,6 +309,7 @@ class BatchNorm:
         found = _check.keys(fn, state, [*arrays, *counters], pooled)
         after = {}
         for name, a in arrays.items():
+            _check.statistic(fn, name, a, own)
             check = _check.variance if name == "running_var" else _check.parameter
             value = check(fn, name, _check.entry(fn, state, name, own, of), own, of)
             with np.errstate(all="ignore"):
@@ -317,8 +321,6 @@ class BatchNorm:
             n = _check.count(fn, pooled[0], _check.entry(fn, state, pooled[0], *one))
             m2 = _check.variance(fn, pooled[1], _check.entry(fn, state, pooled[1], own, of), own, of)
             pool = Moments(n, after["running_mean"].astype(np.float64), np.array(np.broadcast_to(m2, own), np.float64))
-        for name, a in arrays.items():
-            _check.statistic(fn, name, a, own)
         if self.track_running_stats:
             self._writable(fn)
         gamma, beta, mean, var = (arrays.get(name, np.empty(own)) for name in self._names)
@@ -348,8 +350,11 @@ class BatchNorm:
         return self.running_mean, self.running_var
 
     def _writable(self, fn: str) -> tuple[Array, Array]:
-        """The running statistics, checked before anything is computed that is to be written to them."""
+        """The running statistics, after every check that an update of them could fail."""
         mean, var = self._running(fn)
+        if self.momentum is not None:
+            _check.number(fn, "momentum", self.momentum, 0.0, 1.0)
+        _check.correction(fn, self.correction)
         _check.statistic(fn, "running_mean", mean, self.channels)
         _check.statistic(fn, "running_var", var, self.channels)
         _check.apart(fn, "running_mean", mean, "running_var", var)

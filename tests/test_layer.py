@@ -115,7 +115,7 @@ def test_fit_population_that_fails_changes_nothing(rng):
     fn = "BatchNorm.fit_population"
     refused(lambda: bn.fit_population([]), fn, "batches", ValueError)
     refused(lambda: bn.fit_population([np.ones((1, 3))]), fn, "batches", ValueError)
-    refused(lambda: bn.fit_population([np.ones((2, 3)), np.ones((2, 4))]), fn, "x", ValueError)
+    refused(lambda: bn.fit_population([np.ones((2, 3)), np.ones((2, 4))]), fn, "batch", ValueError)
     refused(lambda: bn.fit_population([np.ones((2, 3)), np.ones((2, 3), complex)]), fn, "batch", TypeError)
     assert state_bytes(bn) == before
 
@@ -377,6 +377,41 @@ def test_statistics_that_share_memory_are_found_before_anything_is_written(rng):
     with pytest.raises(ValueError, match="BatchNorm: running_mean shares memory with running_var"):
         bn(x, out=out)
     assert (out == 7).all()
+    assert state_bytes(bn) == before
+
+
+@pytest.mark.parametrize(("name", "value"), [("momentum", 2), ("correction", 3)])
+def test_a_spoiled_option_is_found_before_anything_is_written(rng, name, value):
+    bn = fastbn.BatchNorm(3)
+    x = rng.normal(size=(4, 3)).astype("float32")
+    out, before = np.full_like(x, 7), state_bytes(bn)
+    setattr(bn, name, value)
+    refused(lambda: bn(x, out=out), "BatchNorm", name, ValueError)
+    assert (out == 7).all()
+    assert state_bytes(bn) == before
+
+
+def test_a_state_may_be_made_of_the_layers_own_arrays(rng):
+    bn = fastbn.BatchNorm(3)
+    bn(batches(rng)[0])
+    mean, var = bn.running_mean.copy(), bn.running_var.copy()
+    arrays = {"gamma": bn.beta, "beta": bn.gamma, "running_mean": bn.running_var, "running_var": abs(bn.running_mean)}
+    bn.load_state_dict(arrays | {"num_batches_tracked": 1})
+    np.testing.assert_array_equal([bn.gamma, bn.beta], [[0] * 3, [1] * 3])
+    np.testing.assert_array_equal([bn.running_mean, bn.running_var], [var, abs(mean)])
+
+
+@pytest.mark.parametrize("name", ["beta", "running_var"])
+def test_a_state_cannot_be_loaded_in_part(rng, name):
+    """A read-only array would stop the loading after the first was written."""
+    bn = fastbn.BatchNorm(3)
+    bn(batches(rng)[0])
+    state = {k: v + 1 for k, v in bn.state_dict().items()}
+    getattr(bn, name).setflags(write=False)
+    before = state_bytes(bn)
+    refused(lambda: bn.load_state_dict(state), "BatchNorm.load_state_dict", name, ValueError)
+    if name == "running_var":
+        refused(lambda: bn.fit_population(batches(rng)), "BatchNorm.fit_population", name, ValueError)
     assert state_bytes(bn) == before
 
 

@@ -1,10 +1,16 @@
 """The inputs: a table of cases (shape, channel axis, memory order), their data, and awkward views of an array."""
 
+import functools
+import itertools
+import math
+import mmap
+import tempfile
 from dataclasses import dataclass
 from types import SimpleNamespace
 
 import numpy as np
 import reference
+from numpy.lib.stride_tricks import as_strided, sliding_window_view
 
 from fastbn._layout import layout
 from fastbn._threads import SERIAL_SIZE
@@ -146,45 +152,281 @@ BIG = [
 CASES = SMALL + EDGES + BIG
 
 
+# --------------------------------------------------------------------------------------------------- awkward arrays
+
+
 class Marked(np.ndarray):
     """A subclass that adds nothing."""
 
 
-def _spaced(x, steps):
-    big = np.full([n * abs(s) + 1 for n, s in zip(x.shape, steps, strict=True)], 99, x.dtype)
-    view = big[tuple(slice(None, None, s) for s in steps)][tuple(slice(n) for n in x.shape)]
-    view[...] = x
-    return view
+class ArrayLike:
+    """Gives an array where it is asked for one."""
+
+    def __init__(self, array):
+        self.array = array
+
+    def __array__(self, dtype=None, copy=None):
+        return self.array
 
 
-def _unaligned(x):
-    view = np.ndarray(x.shape, x.dtype, bytearray(x.nbytes + 1), offset=1)
-    view[...] = x
-    return view
+class Interface:
+    """Describes its memory, and is no array."""
+
+    def __init__(self, array):
+        self.array = array
+        self.__array_interface__ = array.__array_interface__
 
 
-def _read_only(x):
-    x = x.copy()
-    x.flags.writeable = False
-    return x
+GUARD = 64
+"""Bytes before and after an awkward array that belong to nobody."""
 
 
-# Each gives the values of x in awkward memory.
-VIEWS = {
-    "read-only": _read_only,
-    "fortran": np.asfortranarray,
-    "channels-last": lambda x: np.moveaxis(np.ascontiguousarray(np.moveaxis(x, 1, -1)), -1, 1),
-    "samples-last": lambda x: np.moveaxis(np.ascontiguousarray(np.moveaxis(x, 0, -1)), -1, 0),
-    "stepped": lambda x: _spaced(x, (2,) * x.ndim),
-    "stepped-outer": lambda x: _spaced(x, (3,) + (1,) * (x.ndim - 1)),
-    "negative": lambda x: _spaced(x, (-1,) * x.ndim),
-    "negative-inner": lambda x: _spaced(x, (1,) * (x.ndim - 1) + (-1,)),
-    "negative-stepped-channels": lambda x: _spaced(x, (1, -2) + (1,) * (x.ndim - 2)),
-    "flipped": lambda x: np.ascontiguousarray(np.flip(x)).reshape(x.shape)[(slice(None, None, -1),) * x.ndim],
-    "unaligned": _unaligned,
-    "big-endian": lambda x: x.astype(x.dtype.newbyteorder(">")),
-    "subclass": lambda x: x.copy().view(Marked),
-    "broadcast-samples": lambda x: np.broadcast_to(x[:1], x.shape),
-    "broadcast-channels": lambda x: np.broadcast_to(x[:, :1], x.shape),
-    "broadcast-inner": lambda x: np.broadcast_to(x[..., :1], x.shape),
+def _in(buffer, shift=0):
+    """Makes arrays in the middle of a new buffer; `shift` takes them off their alignment."""
+
+    def make(shape, dtype):
+        size = math.prod(shape) * np.dtype(dtype).itemsize + 2 * GUARD
+        memory = buffer(size)
+        memory[:] = bytes([0x5B]) * size if not isinstance(memory, np.ndarray) else 0x5B
+        return np.ndarray(shape, dtype, memory, GUARD + shift)
+
+    return make
+
+
+# What the memory is: each takes a shape and a dtype.
+MEMORIES = {
+    "array": _in(lambda n: np.empty(n, np.uint8)),
+    "unaligned": _in(lambda n: np.empty(n, np.uint8), 1),
+    "bytearray": _in(bytearray),
+    "anonymous-map": _in(lambda n: mmap.mmap(-1, n)),
 }
+
+
+def _ordered(order):
+    """The axes as `order(rank)` lists them, the slowest first."""
+
+    def step(make, shape, dtype):
+        axes = order(len(shape))
+        return make([shape[a] for a in axes], dtype).transpose(np.argsort(axes))
+
+    return step
+
+
+def _moved(axis, to):
+    def order(rank):
+        axes = list(range(rank))
+        if axis < rank:
+            axes.insert(to % rank, axes.pop(axis))
+        return axes
+
+    return _ordered(order)
+
+
+def _sliced(steps):
+    """Slices of a larger array, by the steps that `steps(rank)` lists."""
+
+    def step(make, shape, dtype):
+        given = steps(len(shape))
+        whole = make([n * abs(s) for n, s in zip(shape, given, strict=True)], dtype)
+        return whole[(..., *(slice(None, None, s) for s in given))]
+
+    return step
+
+
+def _cropped(make, shape, dtype):
+    return make([n + 2 for n in shape], dtype)[(..., *(slice(1, -1),) * len(shape))]
+
+
+def _plane(make, shape, dtype):
+    return make([*shape, 2], dtype)[..., 1]
+
+
+def _swapped_bytes(make, shape, dtype):
+    return make(shape, np.dtype(dtype).newbyteorder("S"))
+
+
+def _field(*before):
+    """A field of a record array, behind others of these dtypes."""
+
+    def step(make, shape, dtype):
+        fields = [*((f"f{i}", d) for i, d in enumerate(before)), ("value", dtype), ("last", "f8")]
+        return make(shape, fields).view(np.recarray).value
+
+    return step
+
+
+def _real(make, shape, dtype):
+    d = np.dtype(dtype)
+    return make(shape, np.dtype(f"c{2 * d.itemsize}").newbyteorder(d.byteorder)).real
+
+
+def _length_1(make, shape, dtype):
+    """Where an axis of length 1 leads to is nonsense, and nobody's business."""
+    a = make(shape, dtype)
+    nonsense = itertools.cycle((10**9 + 7, -3, 0, 1, -(10**6)))
+    return as_strided(a, a.shape, [s if n != 1 else next(nonsense) for n, s in zip(a.shape, a.strides, strict=True)])
+
+
+def _broadcast(*axes):
+    """One value for all positions along these axes."""
+
+    def step(make, shape, dtype):
+        among = {a % len(shape) for a in axes if a < len(shape)} if shape else ()
+        a = make([min(n, 1) if i in among else n for i, n in enumerate(shape)], dtype)
+        return as_strided(a, shape, [0 if i in among else s for i, s in enumerate(a.strides)])
+
+    return step
+
+
+def _windows(make, shape, dtype):
+    """Overlapping windows along the last axis."""
+    if len(shape) < 2 or not math.prod(shape):
+        return make(shape, dtype)
+    a = make([*shape[:-2], shape[-2] + shape[-1] - 1], dtype)
+    return sliding_window_view(a, shape[-1], axis=-1, writeable=True)
+
+
+# How it is looked at: each takes what makes the memory, a shape and a dtype.
+STEPS = {
+    "fortran": _ordered(lambda rank: range(rank)[::-1]),
+    "channels-last": _moved(1, -1),
+    "channels-first": _moved(1, 0),
+    "samples-last": _moved(0, -1),
+    "stepped": _sliced(lambda rank: (2,) * rank),
+    "stepped-outer": _sliced(lambda rank: (3, *(1,) * (rank - 1))[:rank]),
+    "stepped-inner": _sliced(lambda rank: (*(1,) * (rank - 1), 2)[-rank:] if rank else ()),
+    "negative": _sliced(lambda rank: (-1,) * rank),
+    "negative-inner": _sliced(lambda rank: (*(1,) * (rank - 1), -1)[-rank:] if rank else ()),
+    "negative-stepped-channels": _sliced(lambda rank: (1, -2, *(1,) * (rank - 2))[:rank]),
+    "cropped": _cropped,
+    "plane": _plane,
+    "big-endian": _swapped_bytes,
+    "record": _field("i8"),
+    "packed-record": _field("i1", "S2"),
+    "real-part": _real,
+    "length-1": _length_1,
+    "broadcast-samples": _broadcast(0),
+    "broadcast-channels": _broadcast(1),
+    "broadcast-inner": _broadcast(-1),
+    "broadcast-all": _broadcast(*range(-32, 32)),
+    "windows": _windows,
+}
+ORDERS = {f"order-{''.join(map(str, o))}": _ordered(lambda _, o=o: o) for o in itertools.permutations(range(4))}
+
+
+def memory(a):
+    """The bytes under an array, those included that are not its own, as one array; of a list none."""
+    while True:
+        if isinstance(a, (ArrayLike, Interface)):
+            a = a.array
+        elif isinstance(a, memoryview):
+            a = a.obj
+        elif getattr(a, "base", None) is not None:
+            a = a.base
+        else:
+            break
+    if isinstance(a, (list, float)):
+        return np.empty(0, np.uint8)
+    return a.ravel("K").view(np.uint8) if isinstance(a, np.ndarray) else np.frombuffer(a, np.uint8)
+
+
+def _read_only(a):
+    a = a.view()
+    a.flags.writeable = False
+    return a
+
+
+def _over(kind, a, buffer):
+    """The same view of other memory with the same bytes."""
+    offset = a.__array_interface__["data"][0] - memory(a).__array_interface__["data"][0]
+    return np.ndarray.__new__(kind, a.shape, a.dtype, buffer, offset if a.size else 0, a.strides)
+
+
+def _on_bytes(a):
+    return _over(np.ndarray, a, memory(a).tobytes())
+
+
+def _on_file(mode):
+    def end(a):
+        with tempfile.TemporaryFile() as file:
+            file.write(memory(a).tobytes())
+            file.flush()
+            return _over(np.memmap, a, np.memmap(file, np.uint8, mode))
+
+    return end
+
+
+# What becomes of it in the end: each takes the array, filled.
+ENDS = {
+    "read-only": _read_only,
+    "subclass": lambda a: a.view(Marked),
+    "matrix": lambda a: a.view(np.matrix),
+    "bytes": _on_bytes,
+    "map-read-only": _on_file("r"),
+    "map-copy-on-write": _on_file("c"),
+    "map-shared": _on_file("r+"),
+    "list": lambda a: a.tolist(),
+    "list-of-arrays": list,
+    "array-like": ArrayLike,
+    "interface": Interface,
+    "buffer": memoryview,
+}
+NO_ARRAYS = {"list", "list-of-arrays", "array-like", "interface", "buffer"}
+
+
+@dataclass(frozen=True)
+class View:
+    """A way to lay out an array that a program may come up with: memory, how it is looked at, what becomes of it."""
+
+    memory: str = "array"
+    steps: tuple[str, ...] = ()
+    ends: tuple[str, ...] = ()
+
+    def __str__(self):
+        return "+".join((*((self.memory,) if self.memory != "array" else ()), *self.steps, *self.ends)) or "plain"
+
+    def fits(self, shape):
+        """Whether it makes a difference, and an array of this shape can be had."""
+        names = {*self.steps, *self.ends}
+        return (
+            (len(shape) == 2 or "matrix" not in names)
+            and (math.prod(shape) or not names & {"list", "list-of-arrays"})
+            and (shape or "list-of-arrays" not in names)
+            and (1 in shape or "length-1" not in names)
+            and (len(shape) == 4 or not names & {*ORDERS})
+            and not (self.steps[:1] == ("real-part",) and names & {"record", "packed-record"})  # parts of a number
+            and not names >= {"matrix", "list-of-arrays"}  # whose rows are matrices again
+        )
+
+    def __call__(self, x):
+        """The values of x, laid out so; where elements overlap, some of them."""
+        make = MEMORIES[self.memory]
+        for name in self.steps:
+            make = functools.partial((STEPS | ORDERS)[name], make)
+        a = make(x.shape, x.dtype)
+        a[...] = x
+        for name in self.ends:
+            a = ENDS[name](a)
+        return a
+
+
+def takes_results(a):
+    """Whether it can be an `out`: a writable native array of which no two elements share memory."""
+    if not isinstance(a, np.ndarray) or not a.flags.writeable or not a.dtype.isnative:
+        return False
+    at = sum(i * s for i, s in zip(np.indices(a.shape, sparse=True), a.strides, strict=True)) + np.zeros(a.shape, int)
+    return np.unique(at).size == a.size
+
+
+SINGLE_VIEWS = [
+    *(View(m) for m in MEMORIES),
+    *(View(steps=(s,)) for s in STEPS | ORDERS),
+    *(View(ends=(e,)) for e in ENDS),
+]
+PAIRED_VIEWS = [
+    *(View(m, steps=(s,)) for m in MEMORIES if m != "array" for s in STEPS),
+    *(View(m, ends=(e,)) for m in MEMORIES if m != "array" for e in ENDS),
+    *(View(steps=pair) for pair in itertools.combinations(STEPS, 2)),
+    *(View(steps=(s,), ends=(e,)) for s in STEPS for e in ENDS),
+    *(View(ends=pair) for pair in itertools.permutations(ENDS, 2) if pair[0] not in NO_ARRAYS and pair[1] != "bytes"),
+]

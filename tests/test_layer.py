@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import reference
 from arrays import SMALL, Case
-from test_errors import AXES, CORRECTION, EPS, MOMENTUM, refused
+from refusals import refused
+from test_errors import AXES, CORRECTION, EPS, MOMENTUM
 
 import fastbn
 

@@ -1,89 +1,16 @@
-"""Any memory: awkward views give what a plain copy gives, inputs stay as they are, outputs are new and in x's order."""
+"""Memory order: the canonical view, what is copied and what is not, what a forward saves; awkward arrays: test_views."""
 
 import tracemalloc
 
 import numpy as np
 import pytest
 import reference
-from arrays import BIG, CASES, EDGES, FLOATS, SMALL, VIEWS, Case
+from arrays import BIG, CASES, EDGES, FLOATS, SMALL, Case
 
 import fastbn
 from fastbn._layout import layout
 
 CASE = Case("NCHW", (4, 3, 5, 7))
-WRITABLE = [v for v in VIEWS if v not in ("read-only", "big-endian") and not v.startswith("broadcast")]
-
-
-def results(d, x, dy):
-    """Everything computed from x and dy, by name."""
-    y, saved = fastbn.batch_norm_train(x, d.gamma, d.beta)
-    frozen = fastbn.Saved.fixed(x, d.mean, d.var, d.gamma)
-    m = fastbn.moments(x)
-    dx, dgamma, dbeta = fastbn.batch_norm_backward(dy, saved)
-    return {
-        "y": y,
-        "inference": fastbn.batch_norm(x, d.mean, d.var, d.gamma, d.beta),
-        "dx": dx,
-        "frozen dx": fastbn.batch_norm_backward(dy, frozen)[0],
-        "dgamma": dgamma,
-        "dbeta": dbeta,
-        "mean": m.mean,
-        "m2": m.m2,
-    }
-
-
-@pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize("view", VIEWS)
-def test_views_give_what_a_plain_copy_gives(rng, view, dtype):
-    d = CASE.data(rng, dtype)
-    x, dy = VIEWS[view](d.x), VIEWS[view](d.dy)
-    before = x.tobytes(), dy.tobytes()
-    found = results(d, x, dy)
-    assert (x.tobytes(), dy.tobytes()) == before
-    plain = [np.asarray(a.copy("K"), a.dtype.newbyteorder("=")) for a in (x, dy)]
-    for name, expected in results(d, *plain).items():
-        a = found[name]
-        np.testing.assert_array_equal(a, expected, err_msg=name)
-        assert type(a) is np.ndarray, name
-        assert a.dtype == np.dtype(dtype) if a.ndim > 1 else a.dtype.isnative
-        assert a.flags.writeable, name
-        assert not np.shares_memory(a, x), name
-        assert not np.shares_memory(a, dy), name
-        if a.ndim > 1:
-            assert a.strides == np.empty_like(x, dtype=dtype, subok=False).strides, name
-    oracle = reference.train(x, d.gamma, d.beta)
-    reference.assert_within(found["y"], oracle.y, oracle.budget, "y")
-
-
-@pytest.mark.parametrize("view", WRITABLE)
-def test_results_may_go_to_any_memory(rng, view):
-    d = CASE.data(rng, "float32")
-    y, saved = fastbn.batch_norm_train(d.x, d.gamma, d.beta)
-    dx = fastbn.batch_norm_backward(d.dy, saved)[0]
-    z = fastbn.batch_norm(d.x, d.mean, d.var)
-    out = VIEWS[view](np.full_like(d.x, 99))
-    assert fastbn.batch_norm_train(d.x, d.gamma, d.beta, out=out)[0] is out
-    np.testing.assert_array_equal(out, y)
-    assert fastbn.batch_norm(d.x, d.mean, d.var, out=out) is out
-    np.testing.assert_array_equal(out, z)
-    assert fastbn.batch_norm_backward(d.dy, saved, out=out)[0] is out
-    np.testing.assert_array_equal(out, dx)
-
-
-@pytest.mark.parametrize("view", WRITABLE)
-def test_in_place_gives_the_same_bits(rng, view):
-    d = CASE.data(rng, "float32")
-    x, dy = VIEWS[view](d.x), VIEWS[view](d.dy)
-    y, saved = fastbn.batch_norm_train(x, d.gamma, d.beta)
-    dx = fastbn.batch_norm_backward(dy, saved)[0]
-    z = fastbn.batch_norm(x, d.mean, d.var)
-    fastbn.batch_norm_backward(dy, saved, out=dy)
-    np.testing.assert_array_equal(dy, dx)
-    again = VIEWS[view](d.x)
-    fastbn.batch_norm(again, d.mean, d.var, out=again)
-    np.testing.assert_array_equal(again, z)
-    fastbn.batch_norm_train(x, d.gamma, d.beta, out=x)
-    np.testing.assert_array_equal(x, y)
 
 
 def test_the_stride_of_an_axis_of_length_1_does_not_tell_arrays_apart(rng):
@@ -108,19 +35,6 @@ def test_backward_of_an_in_place_forward(rng, case):
     np.testing.assert_allclose(dx, expected.dx.astype("float64"), atol=scale * 10)
     sums = scale * reference.reduce(abs(d.dy), case.axis).max()
     np.testing.assert_allclose(dgamma, expected.dgamma.astype("float64"), atol=float(sums))
-
-
-def test_a_memory_map(rng, tmp_path):
-    d = CASE.data(rng, "float32")
-    d.x.tofile(tmp_path / "x")
-    x = np.memmap(tmp_path / "x", "float32", "r", shape=d.x.shape)
-    y, saved = fastbn.batch_norm_train(x, d.gamma, d.beta)
-    assert type(y) is np.ndarray
-    np.testing.assert_array_equal(y, fastbn.batch_norm_train(d.x, d.gamma, d.beta)[0])
-    assert type(fastbn.batch_norm_backward(d.dy, saved)[0]) is np.ndarray
-    out = np.memmap(tmp_path / "y", "float32", "w+", shape=x.shape)
-    assert fastbn.batch_norm_train(x, d.gamma, d.beta, out=out)[0] is out
-    np.testing.assert_array_equal(out, y)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -252,22 +166,6 @@ def test_what_is_read_from_saved_may_be_changed(rng, fixed):
         a += 1
     for a, b in zip(fastbn.batch_norm_backward(d.dy, saved), expected, strict=True):
         np.testing.assert_array_equal(a, b)
-
-
-@pytest.mark.filterwarnings("ignore:the matrix subclass:PendingDeprecationWarning")
-@pytest.mark.parametrize("verb", ["batch_norm", "batch_norm_train", "batch_norm_backward"])
-def test_out_of_a_subclass_that_stays_two_dimensional(rng, verb):
-    """np.matrix cannot be made 1-d: its memory is used as a plain array's."""
-    x = rng.normal(size=(301, 20))
-    out = np.matrix(np.empty_like(x))
-    _, saved = fastbn.batch_norm_train(x)
-    calls = {
-        "batch_norm": lambda **kw: fastbn.batch_norm(x, saved.mean, saved.var, **kw),
-        "batch_norm_train": lambda **kw: fastbn.batch_norm_train(x, **kw)[0],
-        "batch_norm_backward": lambda **kw: fastbn.batch_norm_backward(x, saved, **kw)[0],
-    }
-    assert calls[verb](out=out) is out
-    np.testing.assert_array_equal(np.asarray(out), calls[verb]())
 
 
 @pytest.mark.filterwarnings("ignore:the matrix subclass:PendingDeprecationWarning")

@@ -34,7 +34,9 @@ def count(x, axis):
 def mean_var(x, axis):
     x = x.astype(WIDE)
     mean = reduce(x, axis) / count(x, axis)
-    var = reduce((x - spread(mean, x, axis)) ** 2, axis) / count(x, axis)
+    mean = mean + reduce(x - spread(mean, x, axis), axis) / count(x, axis)  # what the sum rounded: of a constant, all
+    d = x - spread(mean, x, axis)
+    var = reduce(d**2, axis) / count(x, axis) - (reduce(d, axis) / count(x, axis)) ** 2  # and the rounding of the mean
     return mean, var
 
 

@@ -12,12 +12,15 @@ Numba's own settings are the user's and stay as they are.
 
 import contextlib
 import ctypes
+import importlib
+import logging  # noqa: F401  its fork handler must be registered before ours: see _before_fork
 import math
 import operator
 import os
 import site
 import sys
 import threading
+import warnings
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,26 +32,38 @@ SERIAL_SIZE = 1 << 16
 """Calls on fewer elements than this run serial: a parallel region would cost more than it saves."""
 
 _limit: int | None = None  # set_num_threads
-_layer: str | None = None  # known only after the first region
-_starter: int | None = None  # the thread that ran it
-_serial_only = False  # in a forked child whose parent's threads did not survive
+_loaded = False  # whether a call has ended in this process
+_layer: str | None = None  # known when Numba's threads were started
+_starter: int | None = None  # the thread that started Numba's, if it is known
+_serial_only = False  # in a forked child whose parent's threads did not survive, and where no layer can be started
 _inside: set[int] = set()  # the Python threads that are in a parallel region
-_region = threading.Lock()  # held during the first region, and during every region under workqueue
+_region = threading.Lock()  # held during a region under workqueue
 
 
 def run(kernel: "Kernel", size: int, *args: Any) -> None:
     """Call one build of `kernel` on arrays of `size` elements."""
-    if size < SERIAL_SIZE or _serial_only:
+    global _loaded
+    if _loaded:
+        _run(kernel, size, args)
+    else:
+        with _compiler_lock():  # NumPy and Numba import more modules on the way, and a fork must wait for that
+            load_tbb()  # in time for the user's own parallel loops, too
+            _run(kernel, size, args)
+        _loaded = True
+
+
+def _run(kernel: "Kernel", size: int, args: tuple[Any, ...]) -> None:
+    wanted = planned_threads(size)
+    layer = None if wanted == 1 else _layer or _start()
+    if layer is None:
         kernel.serial(*args)
-    elif _layer is not None and _layer != "workqueue":
-        _parallel(kernel, args)
-    # The layer is not known yet, or bears one region at a time.
-    elif _region.locked():
+    elif layer != "workqueue":
+        _parallel(kernel, args, wanted)
+    elif _region.locked():  # it bears one region at a time
         kernel.serial(*args)
     else:
         with _region:  # not acquire() and try: Ctrl-C between the two would leave it locked
-            _parallel(kernel, args)
-            _note_layer()
+            _parallel(kernel, args, wanted)
 
 
 def planned_threads(size: int) -> int:
@@ -56,10 +71,7 @@ def planned_threads(size: int) -> int:
     return 1 if size < SERIAL_SIZE or _serial_only else get_num_threads()
 
 
-def _parallel(kernel: "Kernel", args: tuple[Any, ...]) -> None:
-    if _layer is None:
-        load_tbb()
-    wanted = get_num_threads()
+def _parallel(kernel: "Kernel", args: tuple[Any, ...], wanted: int) -> None:
     allowed = wanted
     if wanted < _most_threads():  # else Numba's own count, which the user may have lowered, is the limit anyway
         allowed = _numba().get_num_threads()
@@ -84,11 +96,26 @@ def _parallel(kernel: "Kernel", args: tuple[Any, ...]) -> None:
             _inside.discard(thread)
 
 
-def _note_layer() -> None:
-    global _layer, _starter
-    layer = threading_layer()
-    if layer is not None:
-        _layer, _starter = layer, threading.get_ident()
+def _start() -> str | None:
+    """Start Numba's threads, unless they run; the name of the threading layer, or None where there is none."""
+    global _layer, _starter, _serial_only
+    with _compiler_lock():  # a fork waits for it
+        if _layer is None and not _serial_only:
+            # Who started them before is unknown, and so is what a fork does to them.
+            starter = threading.get_ident() if threading_layer() is None else None
+            try:
+                _numba().get_num_threads()
+            except (ImportError, ValueError):
+                _serial_only = True  # before the warning, which may be an exception
+                config = _numba().config
+                what = f"NUMBA_THREADING_LAYER is {config.THREADING_LAYER!r}, which is unknown or not installed"
+                priority = config.THREADING_LAYER_PRIORITY
+                if sorted(priority) != ["omp", "tbb", "workqueue"]:
+                    what = f"NUMBA_THREADING_LAYER_PRIORITY is {' '.join(priority)!r}, expected 'tbb omp workqueue'"
+                warnings.warn(f"{what}: fastbn uses one thread", RuntimeWarning, stacklevel=2)
+            else:
+                _layer, _starter = threading_layer(), starter
+    return _layer
 
 
 def threading_layer() -> str | None:
@@ -139,8 +166,8 @@ def get_num_threads() -> int:
     -------
     int
         What `set_num_threads` set, else Numba's count: the CPUs this process may run on, or ``NUMBA_NUM_THREADS``,
-        and no more than the CPU quota of its cgroup (Linux). 1 in a forked child that must stay serial. Calls on
-        fewer than 65,536 elements always use one.
+        and no more than the CPU quota of its cgroup (Linux). 1 in a forked child that must stay serial, and where no
+        threading layer can be started. Calls on fewer than 65,536 elements always use one.
 
     Examples
     --------
@@ -214,15 +241,29 @@ def _compiler_lock() -> Any:
 
 
 def _before_fork() -> None:
-    """Wait for a compilation in another thread: its lock would stay locked in the child for good."""
+    """Wait for what another thread imports or compiles: those locks would stay locked in the child for good.
+
+    That thread may want a lock of `logging` meanwhile, which logging's own handler takes for the time of the fork:
+    handlers run in reverse order, so that ours comes before it.
+    """
+    _wait_for_imports()  # may be that of Numba, which brings the lock
     lock = _forking[threading.get_ident()] = _compiler_lock()
     lock.__enter__()
+    _wait_for_imports()  # that have begun since
+
+
+def _wait_for_imports() -> None:
+    for name in list(sys.modules):
+        if name.partition(".")[0] in _IMPORTED_LATE:
+            with contextlib.suppress(ImportError, ValueError):  # the thread that imports it sees them
+                importlib.import_module(name)  # returns at once where nobody is importing it
 
 
 def _fork_done() -> None:
     _forking.pop(threading.get_ident()).__exit__(None, None, None)
 
 
+_IMPORTED_LATE = {__package__, "numba", "llvmlite", "numpy"}  # by the first call
 _forking: dict[int, Any] = {}  # the lock that a thread holds during its fork
 
 if hasattr(os, "register_at_fork"):

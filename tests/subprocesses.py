@@ -9,8 +9,11 @@ TESTS = Path(__file__).parent
 ROOT = TESTS.parent
 
 
-def run_python(*args, cwd=None, timeout=120, **env):
-    """The output of ``python *args``; fails with all that it printed. A value None takes a variable away."""
+def run_python(*args, cwd=None, timeout=120, quiet=False, **env):
+    """The output of ``python *args``; fails with all that it printed. A value None takes a variable away.
+
+    With `quiet` it must print nothing on stderr.
+    """
     variables = {**os.environ, "PYTHONPATH": os.pathsep.join((str(ROOT), str(TESTS)))}
     for name, value in env.items():
         variables.pop(name, None)
@@ -20,6 +23,7 @@ def run_python(*args, cwd=None, timeout=120, **env):
         [sys.executable, *args], env=variables, cwd=cwd or TESTS, capture_output=True, text=True, timeout=timeout
     )
     assert done.returncode == 0, f"exit status {done.returncode}\n{done.stdout[-6000:]}\n{done.stderr[-6000:]}"
+    assert not (quiet and done.stderr), f"printed on stderr:\n{done.stderr[-6000:]}"
     return done.stdout
 
 

@@ -1,163 +1,161 @@
-"""Threads and forks never hurt, under every threading layer that is installed; each fault in a process of its own."""
+"""Any number of Python threads may call at once, under every threading layer, and nobody's settings change."""
 
-import functools
-import os
 import sys
 
 import pytest
+from layers import LAYERS, PREAMBLE, run_layer, skip_without, unavailable
 from subprocesses import run_script
 
-LAYERS = ("tbb", "omp", "workqueue")
-FORKS = pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+import fastbn
+from fastbn import _threads
 
-# What all scripts share: arrays large enough for a parallel region of each kernel, and the bits of all results.
-PREAMBLE = """
-import hashlib, os, signal, sys, threading
+LINUX = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+
+# 8 threads, 10,000 calls each: every verb and a layer, small arrays and (one call in 100) ones that go parallel. Each
+# result must have the bits of the same call made alone and serial.
+MIXED = """
+threads, calls, warm = 8, 10_000, 1_000
+tiny = [((4, 3, 5, 7), 1, "float32"), ((4, 5, 7, 3), -1, "float32"), ((8, 5), 1, "float64"), ((11,), (), "float32"),
+        ((2, 4, 40), 1, "int8")]
+inputs = [(rng.normal(3, 9, size=shape).astype(dtype), axis) for shape, axis, dtype in tiny]
+big = [(rng.normal(3, 1, size=shape).astype("float32"), axis) for shape, axis in shapes]
+
+def jobs_of(x, axis):
+    mean, var = np.zeros(()), np.full((), 4.0)
+    _, saved = fastbn.batch_norm_train(x, axis=axis)
+    dy = np.sin(np.arange(x.size)).reshape(x.shape)
+    def train():
+        y, saved = fastbn.batch_norm_train(x, axis=axis)
+        return y, saved.mean, saved.var
+    return [
+        train,
+        lambda: fastbn.batch_norm_backward(dy, saved),
+        lambda: (fastbn.batch_norm(x, mean, var, axis=axis),),
+        lambda: (fastbn.moments(x, axis=axis).m2,),
+    ]
+
+bits = lambda arrays: b"".join(a.tobytes() for a in arrays)
+fastbn.set_num_threads(1)
+often = [(job, bits(job())) for x, axis in inputs for job in jobs_of(x, axis)]
+seldom = [(job, bits(job())) for x, axis in big for job in jobs_of(x, axis)]
+
+def a_layer():
+    # Calls of a layer that no other thread has; the state depends on all of them.
+    x, axis = inputs[0]
+    bn = fastbn.BatchNorm(x.shape[axis])
+    def step():
+        y = bn(x)
+        return y, bn.backward(y), bn.running_mean, bn.running_var
+    return step
+
+alone = a_layer()
+states = [bits(alone()) for _ in range(calls // 10)]
+fastbn.set_num_threads(None)
+
+def rss():
+    with open("/proc/self/status") as f:
+        return next(int(line.split()[1]) for line in f if line.startswith("VmRSS")) * 1024
+
+memory = []
+pause = threading.Barrier(threads, action=lambda: memory.append(rss()))
+def work(number):
+    step, steps = a_layer(), iter(states)
+    for k in range(calls):
+        if k == warm:
+            pause.wait()
+        if k % 10 == 5:
+            assert bits(step()) == next(steps), ("the layer", k)
+            continue
+        some = seldom if k % 100 == 7 else often
+        at = (k * 7 + number * 3) % len(some)
+        job, expects = some[at]
+        assert bits(job()) == expects, (number, k, at)
+    pause.wait()
+
+together(*(lambda n=n: work(n) for n in range(threads)))
+growth = memory[1] - memory[0]
+# A call that keeps anything keeps an object of 48 bytes at least. Allocators may hold on to what one call needs in
+# each thread: two large arrays and their copies.
+bound = threads * (calls - warm) * 48
+assert growth < bound, f"{growth:,} bytes more than after {warm:,} calls a thread, expected less than {bound:,}"
+"""
+
+# Everything that sets a limit, in one thread, while others compute: parallel, serial, and with recycled outputs.
+LIMITS = """
+import random
+x = rng.normal(size=(8, 16, 100, 100)).astype("float32")  # above 4 MiB: recycled
+y = fastbn.batch_norm_train(x)[0].tobytes()
+busy = threading.Semaphore(0)
+
+def compute():
+    try:
+        for _ in range(25):
+            assert right()
+            assert fastbn.batch_norm_train(x)[0].tobytes() == y
+    finally:
+        busy.release()
+
+def change():
+    pick = random.Random(0)
+    ended = 0
+    while ended < 3:
+        fastbn.set_num_threads(pick.choice([1, 2, 3, 99, None]))
+        fastbn.set_pool_limit(pick.choice([0, 1, x.nbytes, 1 << 29]))
+        if pick.random() < 0.3:
+            fastbn.empty_pool()
+        assert 1 <= fastbn.get_num_threads() <= 3
+        ended += busy.acquire(timeout=0.0005)
+
+together(compute, compute, compute, change)
+fastbn.set_num_threads(None)
+import numba
+assert numba.get_num_threads() == 3
+"""
+
+# No kernel has been compiled or loaded in the process when 16 threads need the same one, half of them its serial build.
+FIRST = """
+import sys, threading
 import numpy as np
 import fastbn
 
-rng = np.random.default_rng(0)
-shapes = [((4, 16, 40, 40), 1), ((8, 40, 41, 16), 3)]
-arrays = [(rng.normal(size=shape).astype("float32"), axis) for shape, axis in shapes]
+xs = [np.arange(n, dtype="float32").reshape(8, 4, -1) % 7 for n in (320, 96_000)]
+expected = [((x - x.mean((0, 2), keepdims=True, dtype="float64")) ** 2).sum((0, 2)) for x in xs]
+start, found = threading.Barrier(16), []
 
-def digest():
-    found = hashlib.sha256()
-    for x, axis in arrays:
-        y, saved = fastbn.batch_norm_train(x, axis=axis)
-        for a in (y, saved.mean, saved.var, *fastbn.batch_norm_backward(x, saved), fastbn.moments(x, axis=axis).m2,
-                  fastbn.batch_norm(x, saved.mean, saved.var, axis=axis)):
-            found.update(a.tobytes())
-    return found.hexdigest()
-
-def layer():
-    import numba
-    return numba.threading_layer()
-
-def in_child(work):
-    # Whether work() gives the right bits in a forked child that ends well; one that hangs is ended.
-    pid = os.fork()
-    if not pid:
-        signal.alarm(40)
-        ok = False
-        try:
-            ok = work()
-        finally:
-            os._exit(0 if ok else 3)
-    return os.waitpid(pid, 0)[1] == 0
-
-fastbn.set_num_threads(1)
-expected = digest()
-fastbn.set_num_threads(None)
-right = lambda: digest() == expected
-"""
-
-SCRIPTS = {
-    "two threads at once": """
-start, found = threading.Barrier(3), []
-def work():
+def work(number):
+    x = xs[number % 2]
     start.wait()
-    for _ in range(8):
-        found.append(right())
-threads = [threading.Thread(target=work) for _ in range(3)]
+    m = fastbn.moments(x)
+    found.append((number % 2, m.m2.tobytes()))
+    np.testing.assert_allclose(m.m2, expected[number % 2], rtol=1e-12)
+
+threads = [threading.Thread(target=work, args=(n,)) for n in range(16)]
+assert "numba" not in sys.modules
 for t in threads: t.start()
 for t in threads: t.join()
-assert found == [True] * 24, found
-""",
-    "a forked child": """
-assert right()
-assert in_child(right)
-assert right()
-""",
-    "a child forked before the first region": """
-assert in_child(right)
-assert right()
-assert in_child(right)
-""",
-    "a grandchild": """
-assert right()
-assert in_child(lambda: in_child(right))
-assert in_child(lambda: right() and in_child(right) and right())
-""",
-    "a fork from another thread": """
-assert right()
-results = []
-def fork():
-    results.append(in_child(right))
-    results.append(in_child(lambda: right() and in_child(right)))
-t = threading.Thread(target=fork)
-t.start()
-t.join()
-assert results == [True, True]
-""",
-    "a fork by a thread that started the regions": """
-results = []
-def fork():
-    results.append(right())
-    results.append(in_child(right))
-t = threading.Thread(target=fork)
-t.start()
-t.join()
-assert results == [True, True]
-assert in_child(right)
-""",
-    "a fork while another thread computes": """
-assert right()
-stop = threading.Event()
-def work():
-    while not stop.is_set():
-        right()
-t = threading.Thread(target=work)
-t.start()
-results = [in_child(right) for _ in range(6)]
-stop.set()
-t.join()
-assert all(results), results
-""",
-    "threads in a forked child": """
-assert right()
-def threads():
-    found = []
-    workers = [threading.Thread(target=lambda: found.append(right())) for _ in range(3)]
-    for t in workers: t.start()
-    for t in workers: t.join()
-    return found == [True] * 3
-assert in_child(threads)
-""",
-    "a pool of forked workers": """
-import multiprocessing
-assert right()
-def work(_):
-    return right()
-with multiprocessing.get_context("fork").Pool(2) as pool:
-    assert all(pool.map_async(work, range(4)).get(60))
-""",
-}
+assert len(found) == 16 and len(set(found)) == 2, len(set(found))
+print(__import__("numba").threading_layer())
+"""
 
 
-@functools.cache
-def unavailable(layer):
-    """Why a threading layer cannot be used here, or None."""
-    probe = "import numba, numpy as np\n@numba.njit(parallel=True)\ndef f(a):\n    for i in numba.prange(9): a[i] = i\n"
-    load = "from fastbn import _threads; _threads.load_tbb()\n" if layer == "tbb" else ""
-    try:
-        run_script(f"{load}{probe}f(np.zeros(9))\n", NUMBA_THREADING_LAYER=layer, NUMBA_NUM_THREADS="2")
-    except AssertionError as error:
-        return str(error).strip().splitlines()[-1]
-    return None
-
-
-def run_layer(layer, script, threads="2"):
-    if unavailable(layer):
-        pytest.skip(f"threading layer {layer}: {unavailable(layer)}")
-    end = f'\nassert right() and layer() == "{layer}", layer()\nprint("done")'
-    printed = run_script(PREAMBLE + script + end, NUMBA_THREADING_LAYER=layer, NUMBA_NUM_THREADS=threads)
-    assert printed.endswith("done\n"), printed
+@LINUX
+@pytest.mark.parametrize("layer", LAYERS)
+def test_mixed_calls_in_many_threads(layer):
+    run_layer(layer, MIXED)
 
 
 @pytest.mark.parametrize("layer", LAYERS)
-@pytest.mark.parametrize("what", [pytest.param(w, marks=() if w == "two threads at once" else FORKS) for w in SCRIPTS])
-def test_nothing_hurts(what, layer):
-    run_layer(layer, SCRIPTS[what])
+def test_limits_change_while_others_compute(layer):
+    run_layer(layer, LIMITS, threads="3")
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_the_very_first_call_in_many_threads(layer, tmp_path):
+    """Compiled by one of them, then loaded by one of them."""
+    skip_without(layer)
+    for _ in range(2):
+        env = {"NUMBA_CACHE_DIR": str(tmp_path), "NUMBA_THREADING_LAYER": layer, "NUMBA_NUM_THREADS": "2"}
+        assert run_script(FIRST, **env) == f"{layer}\n"
 
 
 def test_some_layer_is_installed():
@@ -167,8 +165,7 @@ def test_some_layer_is_installed():
 @pytest.mark.skipif(sys.platform != "linux", reason="the dependency has a wheel there")
 def test_the_tbb_that_pip_installed_is_found():
     printed = run_script(PREAMBLE + "right(); print(layer())", NUMBA_THREADING_LAYER=None)
-    if unavailable("tbb"):
-        pytest.skip(unavailable("tbb"))
+    skip_without("tbb")
     assert printed == "tbb\n"
 
 
@@ -206,13 +203,18 @@ print(fastbn.get_num_threads())
     assert run_script("import fastbn\n" + script, NUMBA_NUM_THREADS="3") == "3\n"
 
 
-def test_small_calls_start_no_threads():
-    script = """
+@LINUX
+@pytest.mark.parametrize("what", ["small calls", "large calls with one thread"])
+def test_serial_calls_start_no_threads(what):
+    script = f"""
 import os
 import numpy as np, numba, fastbn
-fastbn.batch_norm_train(np.ones((64, 8), "float32"))  # loads the kernels
+if {what == "large calls with one thread"}:
+    fastbn.set_num_threads(1)
+x = np.ones(({100 if what == "small calls" else 10_000}, 8), "float32")
+fastbn.batch_norm_train(x)  # loads the kernels
 before = len(os.listdir("/proc/self/task"))
-y, saved = fastbn.batch_norm_train(np.ones((100, 8), "float32"))
+y, saved = fastbn.batch_norm_train(x)
 fastbn.batch_norm_backward(y, saved)
 assert len(os.listdir("/proc/self/task")) == before
 try:
@@ -220,9 +222,7 @@ try:
 except ValueError:
     print("not started")
 """
-    if sys.platform != "linux":
-        pytest.skip("counts threads in /proc")
-    assert run_script(script) == "not started\n"
+    assert run_script(script, NUMBA_NUM_THREADS="2") == "not started\n"
 
 
 def test_the_bits_are_those_of_every_layer():
@@ -231,23 +231,22 @@ def test_the_bits_are_those_of_every_layer():
     assert len(found) == 1
 
 
-@FORKS
-def test_a_fork_while_another_thread_compiles(tmp_path):
-    """The child must not find Numba's compiler lock held by a thread that it does not have."""
-    script = """
-import os, signal, threading, time
-import numpy as np, fastbn
-x = np.random.default_rng(0).normal(size=(4, 16, 40, 40)).astype("float32")
-fastbn.moments(np.ones((3, 2)))  # Numba is loaded
-thread = threading.Thread(target=lambda: fastbn.batch_norm_train(x))
-thread.start()
-time.sleep(0.5)
-pid = os.fork()
-if not pid:
-    signal.alarm(60)
-    fastbn.batch_norm_train(x)
-    os._exit(0)
-thread.join()
-print(os.waitpid(pid, 0)[1])
-"""
-    assert run_script(script, NUMBA_CACHE_DIR=str(tmp_path)).split()[-1] == "0"
+def test_one_region_at_a_time_under_workqueue(monkeypatch):
+    """While another thread is in one, the serial build takes over."""
+    ran = []
+
+    class Kernel:
+        serial = staticmethod(lambda: ran.append("serial"))
+        parallel = staticmethod(lambda: ran.append("parallel"))
+
+    monkeypatch.setattr(_threads, "_layer", "workqueue")
+    monkeypatch.setattr(_threads, "_most_threads", lambda: 2)
+    monkeypatch.setattr(_threads, "default_threads", lambda: 2)
+    size = _threads.SERIAL_SIZE
+    assert fastbn.get_num_threads() == 2
+    _threads.run(Kernel, size)
+    with _threads._region:
+        _threads.run(Kernel, size)
+    _threads.run(Kernel, size)
+    _threads.run(Kernel, size - 1)
+    assert ran == ["parallel", "serial", "parallel", "serial"]

@@ -22,7 +22,7 @@ import sys
 import threading
 import warnings
 from functools import cache
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -149,14 +149,38 @@ def load_tbb() -> str | None:
 
 @cache
 def default_threads() -> int:
-    """Numba's count (the CPUs of this process's affinity, or NUMBA_NUM_THREADS), capped by the cgroup's CPU quota."""
+    """Numba's count (the CPUs of this process's affinity, or NUMBA_NUM_THREADS), capped by the cgroups' CPU quota."""
     threads = _most_threads()
-    if "NUMBA_NUM_THREADS" not in os.environ:
-        with contextlib.suppress(OSError, ValueError):
-            quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-            if quota != "max":
-                threads = min(threads, max(1, math.ceil(int(quota) / int(period))))
-    return threads
+    quota = math.inf if "NUMBA_NUM_THREADS" in os.environ else cpu_quota()
+    return max(1, math.ceil(min(threads, quota)))
+
+
+def cpu_quota(root: Path = Path("/")) -> float:
+    """CPUs' worth of time that this process may use: the least quota of its cgroup and of those above it (Linux)."""
+    quotas = [math.inf]
+    with contextlib.suppress(OSError, ValueError):
+        for line in Path(root, "proc/self/cgroup").read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            if not controllers:  # version 2
+                mounts = ["sys/fs/cgroup"]
+            elif "cpu" in controllers.split(","):
+                mounts = ["sys/fs/cgroup/cpu", f"sys/fs/cgroup/{controllers}"]
+            else:
+                continue
+            # In a container the path may be that of the host, which is not there: its own cgroup is then the top.
+            group = PurePosixPath(path.lstrip("/"))
+            quotas += [_quota(Path(root, mount, g)) for mount in mounts for g in (group, *group.parents)]
+    return min(quotas)
+
+
+def _quota(cgroup: Path) -> float:
+    """That of one cgroup; version 2 keeps it in one file, version 1 in two."""
+    for names in (["cpu.max"], ["cpu.cfs_quota_us", "cpu.cfs_period_us"]):
+        with contextlib.suppress(OSError, ValueError):  # not there, or "max"
+            quota, period = (int(v) for name in names for v in (cgroup / name).read_text().split())
+            if quota > 0 and period > 0:  # -1: none
+                return quota / period
+    return math.inf
 
 
 def get_num_threads() -> int:
@@ -166,7 +190,7 @@ def get_num_threads() -> int:
     -------
     int
         What `set_num_threads` set, else Numba's count: the CPUs this process may run on, or ``NUMBA_NUM_THREADS``,
-        and no more than the CPU quota of its cgroup (Linux). 1 in a forked child that must stay serial, and where no
+        and no more than the CPU quota of its cgroups (Linux). 1 in a forked child that must stay serial, and where no
         threading layer can be started. Calls on fewer than 65,536 elements always use one.
 
     Examples

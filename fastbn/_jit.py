@@ -19,6 +19,7 @@ from pathlib import Path
 from types import FunctionType
 from typing import Any
 
+import numpy as np
 from numba import config, njit, prange
 from numba.core.caching import FunctionCache
 
@@ -70,10 +71,11 @@ def _build(body: Callable[..., Any], build: str, **flags: Any) -> Callable[..., 
         f"{body.__name__}_{build}_{source_stamp()}",
     )
     clone.__qualname__ = clone.__name__
+    if config.DISABLE_JIT:
+        return np.errstate(all="ignore")(clone)  # compiled code warns of no number either
     dispatcher = njit(**_common, no_cfunc_wrapper=True, **flags)(clone)
-    if not config.DISABLE_JIT:
-        with contextlib.suppress(RuntimeError, OSError):  # no folder that may be written to: compiled in every process
-            dispatcher._cache = _Cache(clone)
+    with contextlib.suppress(RuntimeError, OSError):  # no folder that may be written to: compiled in every process
+        dispatcher._cache = _Cache(clone)
     return dispatcher  # type: ignore[no-any-return]
 
 

@@ -5,16 +5,36 @@ callers, builds and processes: the last bits then depend on which copy of the co
 are spelled out. A processor with shorter vectors uses several registers for one value; the bits are the same. Nor does
 LLVM have to prove that an output overlaps no input: an array that is both works at full speed.
 
-Each function below is an intrinsic for Numba; with the JIT off, a NumPy expression takes its place.
+Each function below is an intrinsic for Numba; with the JIT off, its namesake in `plain` takes its place.
 """
 
-import numpy as np
 from llvmlite import ir
 from numba import config, types
 from numba.core import cgutils
 from numba.extending import intrinsic, models, register_model
 
-LANES = 16
+from .plain import LANES
+
+__all__ = [
+    "LANES",
+    "apart",
+    "compact",
+    "load",
+    "load64",
+    "load64_part",
+    "load_part",
+    "minus",
+    "muladd",
+    "only",
+    "plus",
+    "prefetch",
+    "store",
+    "store_part",
+    "times",
+    "total",
+    "zeros",
+]
+
 LINE = 64  # bytes of a cache line
 
 
@@ -257,37 +277,25 @@ def _total(context, a):
     return a.dtype(a), codegen
 
 
-def _plain_total(a):
-    while a.size > 1:
-        a = a[: a.size // 2] + a[a.size // 2 :]
-    return a[0]
-
-
-def _plain_load_part(x, i, n):
-    return np.concatenate([x[i : i + n], np.zeros(LANES - n, x.dtype)])
-
-
-def _plain_store(y, i, value):
-    y[i : i + LANES] = value
-
-
-def _plain_store_part(y, i, n, value):
-    y[i : i + n] = value[:n]
-
-
-def _plain_only(value, n):
-    return np.where(np.arange(LANES) < n, value, 0)
-
-
 if config.DISABLE_JIT:
-    load, load64 = (lambda x, i: x[i : i + LANES]), (lambda x, i: x[i : i + LANES].astype(np.float64))
-    load_part, load64_part = _plain_load_part, (lambda x, i, n: _plain_load_part(x, i, n).astype(np.float64))
-    store, store_part, only, total = _plain_store, _plain_store_part, _plain_only, _plain_total
-    prefetch = lambda x, i: None  # noqa: E731
-    minus, plus, times = (lambda a, b: a - b), (lambda a, b: a + b), (lambda a, b: a * b)
-    muladd = lambda a, b, c: a * b + c  # noqa: E731
-    zeros = lambda: np.zeros(LANES)  # noqa: E731
-    apart = compact = lambda: None
+    from .plain import (
+        apart,
+        compact,
+        load,
+        load64,
+        load64_part,
+        load_part,
+        minus,
+        muladd,
+        only,
+        plus,
+        prefetch,
+        store,
+        store_part,
+        times,
+        total,
+        zeros,
+    )
 else:
     #: x[i : i + 16], in float32 where that holds every value of x's dtype, else in float64.
     load = _load_computed

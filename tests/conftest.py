@@ -28,6 +28,15 @@ os.environ["NUMBA_CACHE_DIR"] = str(_cache_folder())
 import numpy as np  # noqa: E402
 from hypothesis import settings  # noqa: E402
 
+JIT = os.environ.get("NUMBA_DISABLE_JIT", "0") == "0"
+
+
+def pytest_collection_modifyitems(items):
+    for item in items if not JIT else ():
+        for mark in item.iter_markers("jit"):
+            item.add_marker(pytest.mark.skip(reason=f"without the JIT: {mark.args[0]}"))
+
+
 # No database: a failure prints the example and the line that repeats it; nothing is written beside the project.
 settings.register_profile("default", max_examples=25, derandomize=True, deadline=None, database=None)
 settings.register_profile("long", max_examples=1000, deadline=None, database=None, print_blob=True)

@@ -17,6 +17,8 @@ from fastbn import _measure
 
 FOLDER = Path(__file__).parents[1] / "asv_bench"
 
+pytestmark = pytest.mark.jit("the benchmarks have arrays of full size")
+
 
 @pytest.fixture(scope="module")
 def modules():

@@ -31,6 +31,9 @@ print(json.dumps({
 Y = [[-1, -1], [1, 1]]
 
 
+pytestmark = pytest.mark.jit("there is nothing to cache")
+
+
 @pytest.fixture
 def package(tmp_path):
     """A copy of fastbn to edit, and a way to run it with a cache of its own."""

@@ -53,6 +53,7 @@ def test_gradients_are_those_of_finite_differences(digits, batch_norm):
         np.testing.assert_allclose(gradient, expected, rtol=1e-6, atol=1e-9)
 
 
+@pytest.mark.jit("300 steps of training take long as plain Python")
 def test_running_statistics_serve_the_test(digits):
     net, x, digit = small_problem(digits, True, rows=1200)
     for _ in range(300):  # one batch again and again: its statistics become the running ones
@@ -64,6 +65,7 @@ def test_running_statistics_serve_the_test(digits):
     np.testing.assert_allclose(s.std(axis=0), np.abs(net.gammas[-1]), rtol=2e-3)
 
 
+@pytest.mark.jit("300 steps of training take long as plain Python")
 def test_batch_norm_is_ahead_and_the_figure_is_drawn(digits, tmp_path, capsys):
     path = tmp_path / "figure.png"
     digits.main([str(path), "--steps", "300"])

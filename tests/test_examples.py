@@ -20,6 +20,8 @@ from fastbn.kernels.grid import SEGMENT, Grid, fused_grid, split_grid
 FOLDER = Path(__file__).parents[1] / "docs" / "examples"
 NAMES = ("report", "scaling", "startup", "small_calls")
 
+pytestmark = pytest.mark.jit("the scripts measure arrays of full size")
+
 
 @pytest.fixture(scope="module")
 def scripts():

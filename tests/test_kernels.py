@@ -46,6 +46,7 @@ def digests_of_threads():
     return json.loads(run_python("digests.py", timeout=240, NUMBA_NUM_THREADS="4"))
 
 
+@pytest.mark.jit("there is one thread")
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("case", DIGESTS, ids=str)
 def test_the_bits_do_not_depend_on_threads(monkeypatch, case, dtype):
@@ -109,6 +110,7 @@ def test_kernels_compile_with_read_only_inputs(monkeypatch, rng, case):
     assert len(used) == 2
 
 
+@pytest.mark.jit("there are no signatures")
 @pytest.mark.parametrize("name", KERNELS)
 def test_a_dtype_is_compiled_once(rng, name):
     """Views, read-only arrays, omitted and foreign parameters bring no signature of their own."""
@@ -133,6 +135,7 @@ def test_a_dtype_is_compiled_once(rng, name):
     assert len(kernel.serial.signatures) == before
 
 
+@pytest.mark.jit("there are no signatures")
 def test_dy_of_the_other_dtype_is_converted_not_compiled(rng):
     d = SMALL[0].data(rng, "float32")
     _, saved = fastbn.batch_norm_train(d.x)
@@ -144,6 +147,7 @@ def test_dy_of_the_other_dtype_is_converted_not_compiled(rng):
         np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.jit("both builds are the body")
 @pytest.mark.parametrize("name", KERNELS)
 def test_the_two_builds_have_names_of_their_own(name):
     kernel = KERNELS[name]

@@ -92,6 +92,7 @@ def peak(call):
         tracemalloc.stop()
 
 
+@pytest.mark.jit("so many values take minutes as plain Python")
 def test_nhwc_memory_seen_as_nchw_is_not_copied(rng):
     x = nhwc_as_nchw(rng)
     y, saved = fastbn.batch_norm_train(x)

@@ -80,6 +80,7 @@ def test_table(monkeypatch, capsys, style):
     assert err == ""  # no progress line where stderr is no terminal
 
 
+@pytest.mark.jit("plain Python is so slow that the times of a peer round to 0.0")
 def test_table_and_plot_with_peers(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(cli, "RESNET50", SMALL)
     monkeypatch.setattr(_peers, "PEERS", (_peers.NumPy, Half))
@@ -118,6 +119,7 @@ def test_a_plot_that_cannot_be_is_refused_at_once(monkeypatch, capsys, path, say
     assert says in capsys.readouterr().err
 
 
+@pytest.mark.jit("nothing is compiled")
 def test_warmup_compiles_everything_it_names():
     code = (
         "import numpy as np, fastbn\n"

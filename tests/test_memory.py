@@ -111,6 +111,7 @@ def test_memory_order_and_dtype(x):
     assert infer((x * 10).astype("int8")).dtype == np.float32
 
 
+@pytest.mark.jit("so many values take minutes as plain Python")
 def test_a_mean_pool_does_not_leak_into_results(x):
     """A recycled buffer holds old values: every element must be overwritten."""
     y, saved = fastbn.batch_norm_train(x)
@@ -126,6 +127,7 @@ def test_a_mean_pool_does_not_leak_into_results(x):
     np.testing.assert_array_equal(fastbn.batch_norm_backward(x, saved)[0], expected)
 
 
+@pytest.mark.jit("so many values take minutes as plain Python")
 def test_threads_never_get_one_buffer_twice(x):
     wrong = []
 

@@ -241,6 +241,7 @@ def test_a_constant_channel_gives_exactly_beta(rng, dtype, value, eps):
         assert np.isfinite(dx).all()
 
 
+@pytest.mark.jit("so many values take minutes as plain Python")
 @pytest.mark.parametrize(("channels", "dtype"), [(1, "float32"), (1, "float64"), (2, "float32"), (2, "uint8")])
 def test_more_equal_values_than_float32_can_count(channels, dtype):
     """As one long run, and as rows."""

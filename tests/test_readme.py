@@ -14,6 +14,7 @@ def blocks(language):
     return re.findall(rf"^```{language}\n(.*?)^```", README.read_text(), re.M | re.S)
 
 
+@pytest.mark.jit("so many values take minutes as plain Python")
 def test_code_prints_what_its_comments_say():
     for code in blocks("python"):
         expected = [line[2:] for line in code.splitlines() if line.startswith("# ")]

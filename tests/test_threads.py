@@ -9,6 +9,8 @@ from subprocesses import run_script
 import fastbn
 from fastbn import _threads
 
+pytestmark = pytest.mark.jit("no threading layer ever starts")
+
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 
 # 8 threads, 10,000 calls each: every verb and a layer, small arrays and (one call in 100) ones that go parallel. Each

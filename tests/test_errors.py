@@ -6,6 +6,7 @@ from arrays import Marked
 from refusals import refused
 
 import fastbn
+from fastbn import _check
 
 SHAPE, C = (4, 3, 5), 3
 
@@ -13,6 +14,11 @@ SHAPE, C = (4, 3, 5), 3
 class Unfloatable:
     def __repr__(self):
         return "Unfloatable()"
+
+
+class Unarrayable:
+    def __array__(self, dtype=None, copy=None):
+        raise TypeError("not today")
 
 
 def x():
@@ -36,6 +42,7 @@ ARRAYS = [
     ("ragged", ValueError, [[1.0, 2.0], [3.0]]),
     ("None", TypeError, None),
     ("a dict", TypeError, {"a": 1}),
+    ("no array after all", TypeError, Unarrayable()),
 ]
 AXES = [
     ("too high", ValueError, 3),
@@ -329,3 +336,24 @@ def test_the_command_line_refuses_without_a_traceback(capsys, arguments):
     with pytest.raises(SystemExit, match="2"):
         main(arguments)
     assert "error: " in capsys.readouterr().err
+
+
+def test_an_overlap_that_is_too_hard_to_decide_counts_as_one(monkeypatch):
+    def undecided(*arrays, max_work):
+        assert max_work == 100_000
+        raise np.exceptions.TooHardError
+
+    memory = np.ones((12, 3))
+    a, out = memory[::2], memory[1::2]
+    assert fastbn.batch_norm(a, 0, 1, out=out) is out  # they interleave, and share nothing
+    monkeypatch.setattr(np, "shares_memory", undecided)
+    with pytest.raises(ValueError, match="batch_norm: out shares memory with x"):
+        fastbn.batch_norm(a, 0, 1, out=out)
+
+
+@pytest.mark.parametrize("one", [1, 1.0, np.int64(1), np.float32(1), np.array(1)])
+def test_a_correction_may_be_any_number_that_is_0_or_1(one):
+    found = _check.correction("fn", one)
+    assert (found, type(found)) == (1, int)
+    found = _check.correction("fn", one - 1)
+    assert (found, type(found)) == (0, int)

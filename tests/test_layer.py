@@ -183,6 +183,8 @@ def test_a_frozen_layer_has_a_backward(rng):
     reference.assert_within(bn.dgamma, expected.dgamma, expected.dgamma_budget, "dgamma")
     reference.assert_within(bn.dbeta, expected.dbeta, expected.dbeta_budget, "dbeta")
     refused(lambda: bn(x, save=True, out=x), "BatchNorm", "out", ValueError)
+    out = np.empty_like(x)
+    np.testing.assert_array_equal(bn(x, save=True, out=out), bn(x))
 
 
 def test_evaluation_keeps_no_array_alive(rng):

@@ -1,5 +1,6 @@
 """`python -m fastbn`: the table, the plot, the warm-up and the measuring behind them."""
 
+import runpy
 import subprocess
 import sys
 
@@ -7,7 +8,7 @@ import numpy as np
 import pytest
 
 from fastbn import __main__ as cli
-from fastbn import _measure, _peers, _plot
+from fastbn import _measure, _peers, _plot, _threads
 
 SMALL = ((8, 14, 2), (16, 7, 1))
 
@@ -96,6 +97,57 @@ def test_table_and_plot_with_peers(monkeypatch, capsys, tmp_path):
     assert "Into given arrays: NumPy. With fresh outputs, as their users get them: Half." in out
     drawn = path.read_text()
     assert all(f"<!-- {name} -->" in drawn for name in ("limit", "fastbn", "NumPy", "Half", "backward, NHWC"))
+
+
+def test_the_plot(layers, tmp_path):
+    """A panel for each operation; a line for whoever can do it, the limit and fastbn first in the legend."""
+    for name in ("layers.svg", "layers.png"):
+        assert _plot.unable(tmp_path / name) is None
+        _plot.save(layers, ["NumPy", "JAX"], tmp_path / name)  # no time of JAX's was taken
+    drawn = (tmp_path / "layers.svg").read_text()
+    labels = ["limit", "fastbn", "NumPy", *(f"{op.name}, {op.layout}" for op in _measure.OPERATIONS)]
+    assert all(f"<!-- {label} -->" in drawn for label in [*labels, "8·14²", "16·7²"])
+    assert "<!-- JAX -->" not in drawn
+    assert (tmp_path / "layers.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+
+
+def test_a_terminal_sees_how_far_it_is(monkeypatch, capsys):
+    monkeypatch.setattr(cli, "RESNET50", SMALL)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    assert cli.main(["--rounds", "1", "--no-peers"]) == 0
+    lines = capsys.readouterr().err.split("\r\033[K")
+    assert lines[0] == lines[-1] == ""
+    assert lines[1].startswith("compiling")
+    assert lines[2:-1] == ["layer 1 of 2: (32, 8, 14, 14)", "layer 2 of 2: (32, 16, 7, 7)"]
+
+
+def test_threads(monkeypatch, capsys):
+    monkeypatch.setattr(cli, "RESNET50", SMALL[:1])
+    before = _threads._limit
+    try:
+        assert cli.main(["--threads", "1", "--rounds", "1", "--no-peers"]) == 0
+        assert _threads._limit == 1
+    finally:
+        _threads.set_num_threads(before)
+    assert ", 1 threads, " in capsys.readouterr().out
+
+
+def test_warmup_says_what_it_did(monkeypatch, capsys):
+    asked = []
+    monkeypatch.setattr(cli, "warmup", lambda *given, progress: asked.append((*given, progress)))
+    assert cli.main(["warmup", "--dtypes", "float64", "int8", "--axes", "1"]) == 0
+    assert asked == [(["float64", "int8"], [1], False)]
+    first, second = capsys.readouterr().out.splitlines()
+    assert first.startswith("compiled for float64, int8 in ")
+    assert second.startswith("cache folder: ")
+
+
+def test_as_a_script(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["fastbn", "--rounds", "0"])
+    monkeypatch.delitem(sys.modules, "fastbn.__main__")
+    with pytest.raises(SystemExit, match="2"):
+        runpy.run_module("fastbn", run_name="__main__")
+    assert "--rounds must be at least 1" in capsys.readouterr().err
 
 
 class Half(_peers.Peer):

@@ -1,6 +1,8 @@
 """Recycled outputs: never handed out twice, bounded, aligned, in the memory order of x, gone when asked."""
 
+import collections
 import gc
+import importlib.util
 import threading
 
 import numpy as np
@@ -166,6 +168,87 @@ def test_a_garbage_collection_during_a_lease(pool):
     finally:
         gc.set_threshold(*thresholds)
         gc.enable()
+
+
+class Raced(collections.deque):
+    """Whatever one looks for, another thread has just taken it."""
+
+    def pop(self):
+        self.clear()
+        return super().pop()
+
+    def remove(self, buffer):
+        self.clear()
+        super().remove(buffer)
+
+
+def test_another_thread_may_be_quicker(monkeypatch):
+    taken, other = _memory._Buffer(1000), _memory._Buffer(1000)
+    monkeypatch.setattr(_memory, "_free", Raced([taken, other]))
+    leased = _memory._lease(1000)
+    assert not np.shares_memory(leased, taken.memory)
+    assert not np.shares_memory(leased, other.memory)
+    _memory._free.extend([taken, other])
+    fastbn.empty_pool()
+    assert not _memory._free
+
+
+def test_a_buffer_of_the_right_size_is_taken_and_cut(pool):
+    sizes = [1000, 1250, 1251]
+    buffers = {n: _memory._Buffer(n) for n in sizes}
+    pool.extend(buffers.values())
+    kept = []
+    for size, found in ((1001, 1250), (1251, 1251), (1000, 1000), (1000, None)):
+        a = _memory._lease(size)
+        kept.append(a)
+        assert (a.shape, a.dtype) == ((size,), np.uint8)
+        shared = [n for n, b in buffers.items() if np.shares_memory(a, b.memory)]
+        assert shared == ([] if found is None else [found])
+        buffers.pop(found, None)
+
+
+def test_a_buffer_is_aligned_and_as_large_as_asked():
+    for size in (1, 64, 1000):
+        memory = _memory._Buffer(size).memory
+        assert (memory.size, memory.dtype, memory.ctypes.data % 64) == (size, np.uint8, 0)
+
+
+def test_the_latest_buffer_is_used_first_and_kept_longest(pool):
+    first, second = (_memory._lease(1 << 12) for _ in range(2))
+    places = address(first), address(second)
+    del first
+    del second
+    assert [b.memory.ctypes.data for b in pool] == [places[1], places[0]]
+    _memory._trim(1 << 12)
+    assert [b.memory.ctypes.data for b in pool] == [places[1]]
+    _memory._trim((1 << 12) - 1)
+    assert not pool
+
+
+@pytest.mark.parametrize(("value", "limit"), [(None, 1 << 29), ("0", 0), ("12345", 12345)])
+def test_the_limit_of_the_environment(monkeypatch, value, limit):
+    monkeypatch.delenv("FASTBN_POOL_LIMIT", raising=False)
+    if value is not None:
+        monkeypatch.setenv("FASTBN_POOL_LIMIT", value)
+    assert loaded_again()._limit == limit
+
+
+@pytest.mark.parametrize("value", ["much", "-1", "1e9", ""])
+def test_a_bad_limit_of_the_environment_is_told_and_ignored(monkeypatch, value):
+    monkeypatch.setenv("FASTBN_POOL_LIMIT", value)
+    with pytest.warns(
+        UserWarning, match=f"^FASTBN_POOL_LIMIT is {value!r}, expected a number of bytes; it is ignored$"
+    ):
+        module = loaded_again()
+    assert module._limit == 1 << 29
+
+
+def loaded_again():
+    """The module as it is in a new process."""
+    spec = importlib.util.spec_from_file_location("fastbn._memory_again", _memory.__file__)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.mark.parametrize(("value", "error"), [(-1, ValueError), ("much", TypeError), (1.5, TypeError)])

@@ -165,3 +165,31 @@ def test_ways_to_say_the_same_axis(rng, axis):
     np.testing.assert_array_equal(
         fastbn.batch_norm_train(d.x, d.gamma, axis=axis)[0], fastbn.batch_norm_train(d.x, d.gamma)[0]
     )
+
+
+@pytest.mark.parametrize("dtype", ["int8", "int64", "bool", "float32"])
+@pytest.mark.parametrize("step", [1, 2, -1])
+def test_integers_in_any_memory(rng, dtype, step):
+    """Converted in the same pass where they are dense, else with the copy."""
+    x = (rng.normal(size=(24, 3, 5)) * 40).astype(dtype)[::step]
+    expected = reference.train(x)
+    y, saved = fastbn.batch_norm_train(x)
+    assert_within(y, expected.y, expected.budget, "y")
+    np.testing.assert_array_equal(fastbn.batch_norm(x, saved.mean, saved.var), y)
+    dx, _, _ = fastbn.batch_norm_backward(y, saved)
+    assert (y.dtype, dx.dtype) == (np.float32, np.float32)
+
+
+def test_what_saved_says():
+    x = np.zeros((4, 3, 2), "float32")
+    _, saved = fastbn.batch_norm_train(x)
+    assert repr(saved) == "Saved(x=float32(4, 3, 2), channels=(3,), frozen=False)"
+    fixed = fastbn.Saved.fixed(x, np.arange(3), np.arange(3) + 1.0)
+    assert repr(fixed) == "Saved(x=float32(4, 3, 2), channels=(3,), frozen=True)"
+    assert (saved.count, fixed.count, fixed.frozen) == (8, 8, True)
+    np.testing.assert_array_equal(fixed.var, [1, 2, 3])
+    m = fixed.moments
+    np.testing.assert_array_equal(m.m2, [8, 16, 24])
+    np.testing.assert_array_equal(m.var(), [1, 2, 3])
+    m.mean[:] = 7  # a value of its own
+    np.testing.assert_array_equal(fixed.mean, [0, 1, 2])

@@ -102,7 +102,7 @@ def running(old, new, momentum):
 
 
 def result_dtype(dtype):
-    return np.dtype(np.float64 if dtype == np.float64 else np.float32)
+    return np.dtype(np.float64 if np.dtype(dtype) == np.float64 else np.float32)
 
 
 def tolerance(dtype, rounded, wide=0.0):

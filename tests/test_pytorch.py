@@ -66,40 +66,80 @@ def test_inference_and_the_frozen_backward(rng, shape, dtype):
     close(found[2], tbeta.grad, b.dbeta_budget + sums, "dbeta")
 
 
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("affine", [True, False])
 @pytest.mark.parametrize("momentum", [0.9, None])
-def test_the_layer_over_steps(rng, momentum):
-    """Training, a step of the parameters, evaluation; then the state one way and back."""
-    bn, other = fastbn.BatchNorm(4, momentum=momentum), torch.nn.BatchNorm2d(4)
+def test_the_layer_over_steps(rng, momentum, affine, dtype):
+    """Training, a step of the parameters, evaluation with its backward."""
+    bn = fastbn.BatchNorm(4, momentum=momentum, center=affine, scale=affine, dtype=dtype)
+    other = torch.nn.BatchNorm2d(4, affine=affine, dtype=getattr(torch, dtype))
     other.momentum = None if momentum is None else 1 - momentum
-    for step in range(4):
-        x = rng.normal(step, 1 + step, (6, 4, 5, 3)).astype("float32")
-        dy = rng.normal(size=x.shape).astype("float32")
-        y, dx = bn(x), bn.backward(dy)
+    mean, var = np.zeros(4, dtype), np.ones(4, dtype)
+    digits = 100 * np.finfo(dtype).eps  # PyTorch rounds each step in dtype, and the next begins from there
+
+    def step(x, dy):
+        y, dx = bn(x, save=True), bn.backward(dy)
         (tx,) = tensors(x)
         other.zero_grad()
         ty = other(tx)
         ty.backward(torch.from_numpy(dy))
-        np.testing.assert_allclose(y, ty.detach().numpy(), rtol=1e-5, atol=1e-5)
-        np.testing.assert_allclose(dx, tx.grad.numpy(), rtol=1e-4, atol=1e-5)
-        np.testing.assert_allclose(bn.dgamma, other.weight.grad.numpy(), rtol=1e-4, atol=1e-4)
-        np.testing.assert_allclose(bn.dbeta, other.bias.grad.numpy(), rtol=1e-4, atol=1e-4)
-        bn.gamma -= 0.1 * bn.dgamma
-        bn.beta -= 0.1 * bn.dbeta
-        with torch.no_grad():
-            other.weight -= 0.1 * other.weight.grad
-            other.bias -= 0.1 * other.bias.grad
+        np.testing.assert_allclose(y, ty.detach().numpy(), rtol=digits, atol=digits)
+        np.testing.assert_allclose(dx, tx.grad.numpy(), rtol=digits, atol=digits)
+        if affine:
+            size = abs(dy).sum() / 4
+            np.testing.assert_allclose(bn.dgamma, other.weight.grad.numpy(), rtol=digits, atol=digits * size)
+            np.testing.assert_allclose(bn.dbeta, other.bias.grad.numpy(), rtol=digits, atol=digits * size)
+        else:
+            assert bn.dgamma is bn.dbeta is None
+
+    for k in range(4):
+        x = rng.normal(k, 1 + k, (6, 4, 5, 3)).astype(dtype)
+        dy = rng.normal(size=x.shape).astype(dtype)
+        step(x, dy)
+        if affine:
+            bn.gamma -= 0.1 * bn.dgamma
+            bn.beta -= 0.1 * bn.dbeta
+            with torch.no_grad():
+                other.weight -= 0.1 * other.weight.grad
+                other.bias -= 0.1 * other.bias.grad
+        # PyTorch's None averages the statistics of the batches: that is a weight of the old value that grows.
+        weight = 1 - 1 / (k + 1) if momentum is None else momentum
+        fastbn.update_running(mean, var, fastbn.moments(x), momentum=weight)
+        np.testing.assert_allclose(mean, other.running_mean.numpy(), rtol=digits, atol=digits)
+        np.testing.assert_allclose(var, other.running_var.numpy(), rtol=digits)
     assert bn.num_batches_tracked == int(other.num_batches_tracked) == 4
-    if momentum is not None:  # PyTorch's None averages the batches' statistics, fastbn's pools the samples
-        np.testing.assert_allclose(bn.running_mean, other.running_mean.numpy(), rtol=1e-5, atol=1e-6)
-        np.testing.assert_allclose(bn.running_var, other.running_var.numpy(), rtol=1e-5)
-        ty = other.eval()(torch.from_numpy(x)).detach().numpy()
-        np.testing.assert_allclose(bn.eval()(x), ty, rtol=1e-4, atol=1e-5)
+    # Batches of one size have the mean of all samples as the average of theirs; its variance fastbn pools.
+    np.testing.assert_allclose(bn.running_mean, other.running_mean.numpy(), rtol=digits, atol=digits)
+    if momentum is not None:
+        np.testing.assert_allclose(bn.running_var, other.running_var.numpy(), rtol=digits)
+    else:
+        assert (bn.running_var > other.running_var.numpy()).all()
+        bn.running_var[...] = other.running_var.numpy()
+    bn.eval()
+    other.eval()
+    step(x, dy)
 
 
-def test_channels_last_memory(rng):
+@pytest.mark.parametrize("training", [True, False])
+def test_channels_last_memory(rng, training):
+    """The memory order of PyTorch's images in NHWC: y and dx have it too."""
     x = rng.normal(size=(4, 6, 5, 7)).astype("float32")
     tx = torch.from_numpy(x).contiguous(memory_format=torch.channels_last)
-    y = fastbn.batch_norm_train(tx.numpy())[0]
-    ty = torch.nn.functional.batch_norm(tx, None, None, training=True)
-    assert [s // 4 for s in y.strides] == list(ty.stride())
-    np.testing.assert_allclose(y, ty.numpy(), rtol=1e-5, atol=1e-6)
+    tdy = torch.from_numpy(rng.normal(size=x.shape).astype("float32")).contiguous(memory_format=torch.channels_last)
+    x, dy = tx.numpy(), tdy.numpy()
+    tx.requires_grad_()
+    mean, var = np.zeros(6, "float32"), np.full(6, 2, "float32")
+    given = (None, None) if training else (torch.from_numpy(mean), torch.from_numpy(var))
+    ty = torch.nn.functional.batch_norm(tx, *given, training=training)
+    ty.backward(tdy)
+    if training:
+        y, saved = fastbn.batch_norm_train(x)
+        f, b = reference.train(x), reference.backward(dy, x)
+    else:
+        y, saved = fastbn.batch_norm(x, mean, var), fastbn.Saved.fixed(x, mean, var)
+        f, b = reference.infer(x, mean, var), reference.backward(dy, x, fixed=(mean, var))
+    dx, _, _ = fastbn.batch_norm_backward(dy, saved)
+    close(y, ty, f.budget, "y")
+    close(dx, tx.grad, b.dx_budget, "dx")
+    for found, expected in ((y, ty), (dx, tx.grad)):
+        assert [s // 4 for s in found.strides] == list(expected.stride())

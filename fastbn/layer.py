@@ -258,18 +258,16 @@ class BatchNorm:
         Folded, digits are lost where abs(mean) is large beside the standard deviation; `batch_norm` does not lose them.
         """
         fn = "BatchNorm.fold"
-        of = ", the layer's channels"
-        mean, var = self._running(fn)
-        mean = _check.parameter(fn, "running_mean", mean, self.channels, of)
-        var = _check.variance(fn, "running_var", var, self.channels, of)
+        self._running(fn)
+        given = {}
+        for name, a in self._arrays().items():
+            check = _check.variance if name == "running_var" else _check.parameter
+            given[name] = check(fn, name, a, self.channels, ", the layer's channels")
         with np.errstate(all="ignore"):
-            mean, v = mean.astype(np.float64), var.astype(np.float64) + self.eps
+            mean, v = given["running_mean"].astype(np.float64), given["running_var"].astype(np.float64) + self.eps
             scale = np.where(v == 0, 0.0, 1.0 / np.sqrt(v))
-            if self.gamma is not None:
-                scale = scale * self.gamma
-            shift = -mean * scale
-            if self.beta is not None:
-                shift = shift + self.beta
+            scale = scale * given.get("gamma", 1.0)
+            shift = -mean * scale + given.get("beta", 0.0)
             return np.asarray(scale).astype(self.dtype), np.asarray(shift).astype(self.dtype)
 
     def state_dict(self) -> dict[str, Any]:

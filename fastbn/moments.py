@@ -109,15 +109,18 @@ class Moments:
         correction : 0 or 1
             0 for the variance that normalizes, 1 for the unbiased estimate.
         """
-        n = self.count - _check.correction("Moments.var", correction)
+        return self._var("Moments.var", correction)
+
+    def std(self, correction: int = 0) -> Array:
+        """Standard deviation per channel: the square root of `var`."""
+        return np.asarray(np.sqrt(self._var("Moments.std", correction)))
+
+    def _var(self, fn: str, correction: int) -> Array:
+        n = self.count - _check.correction(fn, correction)
         if n <= 0:
             return np.full_like(self.m2, np.nan)
         with np.errstate(all="ignore"):  # whatever the caller's: a subnormal variance is no error
             return np.asarray(self.m2 / n)
-
-    def std(self, correction: int = 0) -> Array:
-        """Standard deviation per channel: the square root of `var`."""
-        return np.asarray(np.sqrt(self.var(correction)))
 
 
 def moments(x: npt.ArrayLike, *, axis: int | tuple[int, ...] = 1) -> Moments:

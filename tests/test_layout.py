@@ -1,4 +1,4 @@
-"""Memory order: the canonical view, what is copied and what not, what a forward saves; awkward arrays: test_views."""
+"""Memory order: the canonical view, what is copied and what is not, what a forward saves."""
 
 import tracemalloc
 

@@ -10,7 +10,7 @@ import itertools
 import numpy as np
 import pytest
 import reference
-from arrays import FLOATS, PAIRED_VIEWS, SINGLE_VIEWS, Case, View, memory, takes_results
+from arrays import FLOATS, ORDERS, PAIRED_VIEWS, SINGLE_VIEWS, Case, View, memory, takes_results
 from refusals import refused
 
 import fastbn
@@ -40,11 +40,15 @@ CELLS = Case("cells", (4, 3, 5, 2), (1, 2))
 """Of which parameters and statistics have two axes to be awkward in."""
 
 
+# Every order of axes where it costs nothing, a few elsewhere.
+FEWER_VIEWS = [v for v in SINGLE_VIEWS if not {*v.steps} & {*ORDERS}]
+
+
 def views(shape, of=SINGLE_VIEWS):
     return [v for v in of if v.fits(shape)]
 
 
-def table(cases, of=SINGLE_VIEWS):
+def table(cases, of=FEWER_VIEWS):
     return [pytest.param(c, v, id=f"{c}-{v}") for c in cases for v in views(c.shape, of)]
 
 
@@ -143,7 +147,7 @@ def assert_right(found, x, dy, d, axis):
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize(("case", "view"), table([CASE]))
+@pytest.mark.parametrize(("case", "view"), table([CASE], SINGLE_VIEWS))
 def test_x_and_dy(rng, case, view, dtype):
     d = case.data(rng, dtype)
     for x, dy in ((view(d.x), d.dy), (d.x, view(d.dy)), (view(d.x), view(d.dy))):
@@ -180,7 +184,7 @@ def test_inference_of_one_value_per_channel(rng, case, view):
 
 
 @pytest.mark.parametrize("dtype", ["int8", "uint8", "int32", "bool"])
-@pytest.mark.parametrize("view", views(CASE.shape), ids=str)
+@pytest.mark.parametrize("view", views(CASE.shape, FEWER_VIEWS), ids=str)
 def test_integers(rng, view, dtype):
     if "real-part" in view.steps:
         pytest.skip("integers are no part of a complex number")

@@ -1,24 +1,28 @@
 """The measuring scripts in docs/examples: they run, their figures are figures, and they measure what they say."""
 
 import ctypes
+import dataclasses
 import importlib
+import importlib.util
 import re
 import signal
 import sys
+from decimal import Decimal, localcontext
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import reference
-from subprocesses import run_python
+from subprocesses import run_python, run_script
 
 import fastbn
 from fastbn._measure import RESNET50
 from fastbn.kernels.grid import SEGMENT, Grid, fused_grid, split_grid
 
 FOLDER = Path(__file__).parents[1] / "docs" / "examples"
-NAMES = ("report", "scaling", "startup", "small_calls")
+PAGES = FOLDER.parent / "explanation"
+NAMES = ("report", "scaling", "startup", "small_calls", "accuracy")
 
 pytestmark = pytest.mark.jit("the scripts measure arrays of full size")
 
@@ -37,12 +41,17 @@ def scripts():
 def tables(script, *args, **env):
     """What a script's quick run prints: [(text before a table, its rows as {column: cell})], and all of it."""
     printed = run_python(str(FOLDER / f"{script}.py"), "--quick", "--markdown", *args, **env)
+    assert "Measured on" in printed
+    return parsed(printed), printed
+
+
+def parsed(text):
+    """The tables in a text: [(what stands before it, its rows as {column: cell})]."""
     found = []
-    for title, block in re.findall(r"([^|]*)\n((?:\|.*\|\n)+)", printed):
+    for title, block in re.findall(r"([^|]*)\n((?:\|.*\|\n)+)", text):
         head, _, *rows = ([cell.strip() for cell in line[1:-2].split("|")] for line in block.splitlines(keepends=True))
         found.append((title.strip(), [dict(zip(head, row, strict=True)) for row in rows]))
-    assert "Measured on" in printed
-    return found, printed
+    return found
 
 
 def names(rows):
@@ -292,3 +301,148 @@ def test_samples_find_the_function_that_takes_the_time(scripts):
     assert signal.getsignal(signal.SIGALRM) is before
     assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
     assert met.most_common(1)[0][0] == "_threads.run"
+
+
+# ----------------------------------------------------------------------------------------------------------- accuracy
+
+# What brings each system of the page.
+PACKAGES = {"PyTorch": "torch", "JAX": "jax", "Keras": "keras", "ONNX Runtime": "onnxruntime"}
+KEYS = ("dtype", "layout", "result", "case", "")  # columns that name a row
+
+
+@pytest.fixture(scope="module")
+def published():
+    """The tables of docs/explanation/accuracy.md that the program prints."""
+    found = parsed((PAGES / "accuracy.md").read_text())
+    return [rows for _, rows in found if not rows[0].keys() & {"terms", "x"}]
+
+
+def keys(rows):
+    return [tuple(row[k] for k in KEYS if k in row) for row in rows]
+
+
+def unit(cell):
+    """The error in a cell, 1.76 of "1.76 (huge)"."""
+    return float(cell.split(" ")[0])
+
+
+def test_accuracy_prints_the_tables_of_its_page(published):
+    """The same rows, columns and dashes, and on ordinary data every system computes what the others do."""
+    found, _ = tables("accuracy")
+    assert len(found) == len(published)
+    absent = {system for system, package in PACKAGES.items() if importlib.util.find_spec(package) is None}
+    for (title, rows), page in zip(found, published, strict=True):
+        assert keys(rows) == keys(page)
+        for row, expected in zip(rows, page, strict=True):
+            assert list(row) == list(expected)
+            ordinary = "Ordinary" in title or row.get("case", "").startswith("normal")
+            for column in set(row) - set(KEYS):
+                dash = column in absent or expected[column] == "-"
+                assert (row[column] == "-") is dash, (title, keys([row]), column, row[column])
+                if ordinary and not dash:
+                    assert unit(row[column]) < 100, (title, keys([row]), column, row[column])
+
+
+def test_fastbn_is_as_accurate_as_the_page_says(published):
+    """Within a factor of two: the bits are the same on one kind of CPU, not on all."""
+    found = parsed(run_python(str(FOLDER / "accuracy.py"), "--no-peers", "--markdown"))
+    compared = 0
+    for (title, rows), page in zip(found, published, strict=True):
+        for row, expected in zip(rows, page, strict=True):
+            for column in set(row) - set(KEYS):
+                if expected[column] != "-":
+                    new, old = unit(row[column]), unit(expected[column])
+                    assert max(new, old) <= 2 * min(new, old) + 0.5, (title, keys([row]), column, new, old)
+                    compared += 1
+    assert compared > 150
+    every = [row for row in found[1][1] if row["dtype"] == "float32"]  # what the README promises
+    assert len(every) == 12
+    for row in every:
+        assert unit(row["fastbn"]) < {"y": 2, "dx": 4}.get(row["result"], 1), row
+
+
+def test_accuracy_without_any_peer():
+    """Each has its column, of dashes, and its reason."""
+    script = f"""
+import sys
+sys.path.insert(0, {str(FOLDER)!r})
+sys.stderr = sys.stdout
+for package in {sorted(PACKAGES.values())}:
+    sys.modules[package] = None  # to import it raises ImportError
+import accuracy
+accuracy.main(["--quick", "--markdown"])
+"""
+    printed = run_script(script)
+    for system, package in PACKAGES.items():
+        assert re.search(rf"^{system}: .*{package}", printed, re.M), printed
+    seen = set()
+    for _, rows in parsed(printed):
+        for row in rows:
+            seen |= row.keys()
+            assert {row[system] for system in PACKAGES.keys() & row.keys()} <= {"-"}
+            assert row.get("fastbn") != "-" or row["case"] == "huge"
+    assert seen > PACKAGES.keys()
+
+
+def test_accuracy_leaves_out_what_it_cannot_judge(scripts, monkeypatch):
+    """float64, where long double is no wider."""
+    accuracy = scripts.accuracy
+    monkeypatch.setattr(accuracy, "WIDE", np.float64)
+    case = accuracy.CASES[0].small()
+    found = accuracy.measure([accuracy.FastBN()], [case])
+    assert {key[1] for key in found} == {"float32"}
+
+
+def test_a_unit_counted_by_hand(scripts):
+    """An ulp at 1.5 is 2**-23, at the 5 of larger terms 2**-21; of subnormals 2**-149; where all is 0, that of 1."""
+    exact, unit = scripts.accuracy._with_unit(
+        np.array([1.5, 1.5, -1.5, 1e-44, 0]).astype(np.longdouble), np.array([0, 5, 1, 0, 0]), "float32"
+    )
+    assert [float(u) for u in unit] == [2.0**-23, 2.0**-21, 2.0**-23, 2.0**-149, 2.0**-23]
+    assert scripts.accuracy.error(exact + np.array([1, 0, -3, 2, 0]) * unit, exact, unit) == 3
+    assert np.isnan(scripts.accuracy.error(exact + np.array([np.nan, 0, 0, 9, 0]), exact, unit))
+    assert [scripts.accuracy.figure(e) for e in (0.004, 9.99, 9.996, 9999.4, 9999.6, 4e18, np.nan, np.inf)] == [
+        "0.00", "9.99", "10", "9999", "1e4", "4e18", "nan", "inf",
+    ]  # fmt: skip
+
+
+@pytest.mark.skipif(np.finfo(np.longdouble).nmant < 63, reason="long double is no wider than float64")
+def test_what_is_exact_is(scripts):
+    """To a hundredth of a unit of float64, against decimal arithmetic, on every case."""
+    accuracy = scripts.accuracy
+    for case in accuracy.CASES:
+        d = accuracy.Data(dataclasses.replace(case, shape=(3, 2, 2, 2)), case.dtypes[-1])
+        with localcontext(prec=60):
+            for c in range(2):
+                for name, expected in decimal_batch_norm(d, c, Decimal(accuracy.EPS)).items():
+                    exact, unit = (np.broadcast_to(a, d.exact[name][0].shape)[c] for a in d.exact[name])
+                    assert len(exact) == len(expected)
+                    for found, u, value in zip(exact, unit, expected, strict=True):
+                        assert abs(decimal(found) - value) <= decimal(u) / 100, f"{case.name}: {name} {value}"
+
+
+def decimal(value):
+    """A long double, exactly."""
+    mantissa, exponent = np.frexp(value)
+    return Decimal(int(np.ldexp(mantissa, 64))) * Decimal(2) ** (int(exponent) - 64)
+
+
+def decimal_batch_norm(d, c, eps):
+    """{result: values} of a channel, the formulas of the paper."""
+    x, dy = ([Decimal(float(v)) for v in a[c]] for a in (d.x, d.dy))
+    gamma, beta, given_mean, given_var = (Decimal(float(a[c])) for a in (d.gamma, d.beta, d.mean, d.var))
+    n = len(x)
+    mean = sum(x) / n
+    var = sum((v - mean) ** 2 for v in x) / n
+    xhat = [(v - mean) / (var + eps).sqrt() for v in x]
+    dbeta, dgamma = sum(dy), sum(g * h for g, h in zip(dy, xhat, strict=True))
+    scale = gamma / (var + eps).sqrt()
+    return {
+        "mean": [mean],
+        "var": [var],
+        "y": [gamma * h + beta for h in xhat],
+        "dx": [scale * (g - dbeta / n - h * dgamma / n) for g, h in zip(dy, xhat, strict=True)],
+        "dgamma": [dgamma],
+        "dbeta": [dbeta],
+        "y, inference": [gamma * (v - given_mean) / (given_var + eps).sqrt() + beta for v in x],
+    }

@@ -1,6 +1,7 @@
 """What the measuring scripts share: their options, their tables, and the line that says what was measured on."""
 
 import argparse
+import contextlib
 import datetime
 from importlib.metadata import PackageNotFoundError, version
 
@@ -30,14 +31,14 @@ def table(head, rows, markdown):
     print(flush=True)
 
 
-def environment():
-    """CPU, threads, versions and the date, in one line."""
+def environment(*peers):
+    """CPU, threads, versions and the date, in one line; of the packages of `peers`, those that are installed."""
     c = config()
     layer = threading_layer()
     threads = f"{fastbn.get_num_threads()} threads{f', {layer}' if layer else ''}"
-    try:
-        torch = f", torch {version('torch')}"
-    except PackageNotFoundError:
-        torch = ""
-    versions = f"fastbn {c['fastbn']}, numba {c['numba']}, numpy {c['numpy']}{torch}, python {c['python']}"
+    versions = f"fastbn {c['fastbn']}, numba {c['numba']}, numpy {c['numpy']}"
+    for peer in peers or ("torch",):
+        with contextlib.suppress(PackageNotFoundError):
+            versions += f", {peer} {version(peer)}"
+    versions += f", python {c['python']}"
     return f"Measured on {c['cpu']}, {threads}; {versions}; {datetime.datetime.now(datetime.UTC).date()}."

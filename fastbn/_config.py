@@ -79,7 +79,7 @@ def config() -> dict[str, str]:
         "threading layer": layer or f"not started yet ({numba.config.THREADING_LAYER})",
         "tbb": f"{_version('tbb')}, {tbb or 'not loaded: fastbn is safe without it, but serial in forked children'}",
         "cache folder": getattr(stats, "cache_path", None)
-        or "none is writable: kernels are compiled anew in every process",
+        or "none is writable: kernels that no folder has are compiled anew in every process",
     }
     return {name: str(value) for name, value in rows.items()}
 

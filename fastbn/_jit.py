@@ -5,23 +5,33 @@ Two kinds of function exist below this line. *Leaves* are small serial loops ove
 *Kernels* are the loops over the block grid that the Python side calls; `kernel` builds each of them twice, serial and
 parallel, from one body, with a disk cache.
 
-Numba keys that cache on the signature, the CPU and the bytecode of the one function, and stamps one source file: a
-leaf edited in another file, other flags, or the serial build in place of the parallel one would load stale machine
-code. So a kernel's ``__qualname__``, which names its cache file, carries the build and a hash of every kernel source
-and of this file.
+That cache is not Numba's, which stamps one source file, so that a leaf edited in another one leaves stale machine code;
+keeps an index in which two processes that store at once can swap their entries; runs code whose bits have flipped on
+the disk; and sees a folder only if it may write there. Here each build of a kernel for one signature is one file, named
+by all that decides its code and checked by its hash. As with Numba's, and with .pyc files, whoever may write to the
+folder decides what runs.
 """
 
 import contextlib
 import hashlib
+import os
+import pickle
+import sys
+import tempfile
+import uuid
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from types import FunctionType
 from typing import Any
 
+import numba
 import numpy as np
 from numba import config, njit, prange
-from numba.core.caching import FunctionCache
+from numba.core.caching import NullCache
+from numba.core.compiler import CompileResult
+from numba.core.serialize import dumps
+from numba.misc.appdirs import AppDirs
 
 __all__ = ["Kernel", "elementwise", "exact", "kernel", "prange", "reduction"]
 
@@ -53,14 +63,19 @@ _prange_only = {
 }
 
 
+_here = Path(__file__).parent
+
+
 @cache
 def source_stamp() -> str:
-    """Hash of the sources that decide the machine code: every kernel file and this one."""
-    here = Path(__file__).parent
+    """Hash of the sources that decide the machine code: every kernel file and this one. Empty if there are none."""
     digest = hashlib.sha256()
-    for path in [here / "_jit.py", *sorted((here / "kernels").glob("*.py"))]:
-        digest.update(path.name.encode())
-        digest.update(path.read_bytes())
+    try:
+        for path in [_here / "_jit.py", *sorted((_here / "kernels").glob("*.py"))]:
+            digest.update(path.name.encode())
+            digest.update(path.read_bytes())
+    except OSError:  # only bytecode is installed
+        return ""
     return digest.hexdigest()[:12]
 
 
@@ -74,23 +89,82 @@ def _build(body: Callable[..., Any], build: str, **flags: Any) -> Callable[..., 
     if config.DISABLE_JIT:
         return np.errstate(all="ignore")(clone)  # compiled code warns of no number either
     dispatcher = njit(**_common, no_cfunc_wrapper=True, **flags)(clone)
-    with contextlib.suppress(RuntimeError, OSError):  # no folder that may be written to: compiled in every process
-        dispatcher._cache = _Cache(clone)
+    if source_stamp():
+        dispatcher._cache = _Cache(f"{body.__module__}.{clone.__name__}")
     return dispatcher  # type: ignore[no-any-return]
 
 
-class _Cache(FunctionCache):  # type: ignore[misc]
-    """Numba's disk cache, of which no fault is worth an exception: a kernel that cannot be loaded is compiled."""
+def _folders() -> list[Path]:
+    """Where compiled kernels may lie: ``NUMBA_CACHE_DIR`` alone if it is set, else beside the sources, else at home."""
+    if config.CACHE_DIR:
+        return [Path(config.CACHE_DIR, "fastbn")]
+    home = Path(AppDirs(appname="numba", appauthor=False).user_cache_dir, "fastbn")
+    return [_here / "kernels" / "__pycache__", *([home] if home.is_absolute() else [])]
 
-    def load_overload(self, *args: Any) -> Any:
+
+def _store(path: Path, content: bytes) -> bool:
+    """Whether the file could be written. Nobody ever sees a part of it."""
+    part = path.with_name(f"{path.name}.{uuid.uuid4().hex}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            return super().load_overload(*args)
-        except Exception:  # truncated, unreadable, of another version
-            return None
+            with open(part, "xb") as file:
+                file.write(content)
+            os.replace(part, path)
+        finally:
+            part.unlink(missing_ok=True)
+    except OSError:  # read-only, full, gone
+        return False
+    return True
 
-    def save_overload(self, *args: Any) -> None:
-        with contextlib.suppress(Exception):  # full, read-only, gone
-            super().save_overload(*args)
+
+class _Cache(NullCache):  # type: ignore[misc]
+    """One build of one kernel on disk, for Numba's dispatcher. No fault of it is worth an exception."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    @property
+    def cache_path(self) -> str | None:
+        """The folder that new files go to."""
+        for folder in _folders():
+            with contextlib.suppress(OSError):
+                folder.mkdir(parents=True, exist_ok=True)
+                tempfile.TemporaryFile(dir=folder).close()
+                return str(folder)
+        return None
+
+    def file_name(self, signature: Any, codegen: Any) -> str:
+        """Named by what decides the machine code: source, build, types, CPU, versions, and what Numba was told."""
+        python = sys.implementation.cache_tag, getattr(sys, "abiflags", "")
+        told = config.OPT, config.BOUNDSCHECK
+        key = repr((signature, codegen.magic_tuple(), numba.__version__, np.__version__, python, told))
+        return f"{self.name.rpartition('.')[2]}.{hashlib.sha256((self.name + key).encode()).hexdigest()[:16]}.nbc"
+
+    def load_overload(self, signature: Any, context: Any) -> Any:
+        """The compiled kernel, or None."""
+        context.refresh()
+        name = self.file_name(signature, context.codegen())
+        for folder in _folders():
+            with contextlib.suppress(Exception):  # not there, not readable
+                content = (folder / name).read_bytes()
+                data = content[_DIGEST:]
+                if hashlib.sha256(data).digest() == content[:_DIGEST]:
+                    return CompileResult._rebuild(context, *pickle.loads(data))
+        return None
+
+    def save_overload(self, signature: Any, result: Any) -> None:
+        """Store a compiled kernel in the first folder that takes it."""
+        if result.library.has_dynamic_globals:  # addresses of this process
+            return
+        with contextlib.suppress(Exception):
+            data = dumps(result._reduce())
+            content = hashlib.sha256(data).digest() + data
+            name = self.file_name(signature, result.codegen)
+            any(_store(folder / name, content) for folder in _folders())
+
+
+_DIGEST = hashlib.sha256().digest_size
 
 
 class Kernel:

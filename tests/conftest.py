@@ -1,7 +1,9 @@
 """Set before anything imports Numba: a kernel cache that is warm the second time and never wrong; and the seeds."""
 
+import atexit
 import hashlib
 import os
+import shutil
 import sys
 import tempfile
 from importlib.metadata import version
@@ -23,7 +25,13 @@ def _cache_folder() -> Path:
     return Path(tempfile.gettempdir(), f"fastbn-test-cache-{digest.hexdigest()[:12]}")
 
 
-os.environ["NUMBA_CACHE_DIR"] = str(_cache_folder())
+if os.environ.get("NUMBA_BOUNDSCHECK"):
+    # A warm cache would bring code that checks nothing; and code that checks is of no use to anybody else.
+    folder = tempfile.mkdtemp(prefix="fastbn-bounds-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+else:
+    folder = _cache_folder()
+os.environ["NUMBA_CACHE_DIR"] = str(folder)
 
 import numpy as np  # noqa: E402
 from hypothesis import settings  # noqa: E402

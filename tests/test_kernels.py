@@ -9,9 +9,12 @@ import json
 import numpy as np
 import pytest
 from arrays import BIG, FLOATS, SMALL
+from numba import prange
+from numba.core.caching import FunctionCache
 from subprocesses import TESTS, run_python, run_script
 
 import fastbn
+from fastbn import _jit, kernels
 from fastbn.kernels import backward, forward
 
 VERBS = [importlib.import_module(f"fastbn.{name}") for name in ("functional", "moments")]
@@ -153,3 +156,43 @@ def test_the_two_builds_have_names_of_their_own(name):
     kernel = KERNELS[name]
     names = {kernel.serial.py_func.__qualname__, kernel.parallel.py_func.__qualname__, kernel.body.__qualname__}
     assert len(names) == 3
+
+
+def count_up(x):
+    for i in prange(x.size):
+        x[i] = i
+
+
+@pytest.mark.jit("nothing is cached")
+@pytest.mark.parametrize("fault", ["load", "save", "folder"])
+def test_a_faulty_cache_costs_time_alone(monkeypatch, fault):
+    def fail(*args):
+        raise RuntimeError("cannot cache function: no locator available")
+
+    if fault == "folder":
+        monkeypatch.setattr(_jit, "_Cache", fail)
+    else:
+        monkeypatch.setattr(FunctionCache, f"{fault}_overload", fail)
+    made = _jit.kernel(count_up)
+    assert repr(made) == "<kernel count_up>"
+    x = np.zeros(5)
+    made.serial(x)
+    np.testing.assert_array_equal(x, np.arange(5))
+
+
+def test_a_kernel_that_does_not_exist():
+    with pytest.raises(AttributeError, match=r"^module 'fastbn.kernels' has no attribute 'sideward'$"):
+        kernels.sideward  # noqa: B018
+
+
+def test_plain_kernels_warn_of_no_number():
+    """As compiled ones."""
+    script = """
+import warnings
+warnings.simplefilter("error")
+import numpy as np, fastbn
+y, saved = fastbn.batch_norm_train(np.array([[np.inf, 1e30], [1, 3e38], [2, -3e38]], "float32"))
+fastbn.batch_norm_backward(y, saved)
+print(np.isfinite(y).all(axis=0))
+"""
+    assert run_script(script, NUMBA_DISABLE_JIT="1") == "[False  True]\n"

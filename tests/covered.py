@@ -19,10 +19,18 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 LINES, BRANCHES = 100, 98  # per cent
 
-PLAIN = ["config", "dispatch", "errors", "kernels", "layer", "layout", "main", "memory", "moments", "peers", "plain"]
+PLAIN = ["config", "dispatch", "errors", "kernels", "layer", "layout", "main", "memory", "messages", "moments", "peers"]
 RUNS = [
-    ("NUMBA_DISABLE_JIT", [*PLAIN, "tiles", "verbs"], "not (large or group-narrow or idle_memory or share_nothing)"),
-    ("NUMBA_BOUNDSCHECK", ["bounds", "kernels", "tiles", "verbs"], "bounds or tiles or small or faulty"),
+    (
+        "NUMBA_DISABLE_JIT",
+        [*PLAIN, "plain", "tiles", "verbs"],
+        "not (large or group-narrow or idle_memory or share_nothing or nobody)",
+    ),
+    (
+        "NUMBA_BOUNDSCHECK",
+        ["bounds", "kernels", "tiles", "verbs"],
+        "bounds or tiles or small or faulty or read_only_inputs",
+    ),
 ]
 
 

@@ -35,7 +35,7 @@ KERNELS = ["backward", "forward", "grid", "leaves"]
 RUNS = {
     "python": (
         [f"fastbn/{name}.py" for name in LAYER],
-        ["config", "dispatch", "errors", "layer", "layout", "memory", "moments", "verbs"],
+        ["config", "dispatch", "errors", "layer", "layout", "memory", "messages", "moments", "verbs"],
         # The last: CPython 3.11 crashes where a collection meets the context variables of mutmut's first run.
         "not (large or not_copied or get_one_buffer or mean_pool or garbage_collection)",
     ),

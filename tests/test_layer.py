@@ -186,6 +186,14 @@ def test_a_frozen_layer_has_a_backward(rng):
     np.testing.assert_array_equal(bn(x, save=True, out=out), bn(x))
 
 
+def test_gradients_of_a_frozen_layer_have_the_dtypes_of_its_parameters(rng):
+    bn = fastbn.BatchNorm(3).eval()
+    x = batches(rng, dtype="float64")[0]
+    y = bn(x, save=True)
+    assert (y.dtype, bn.backward(x).dtype) == (np.float64, np.float64)
+    assert (bn.dgamma.dtype, bn.dbeta.dtype) == (np.float32, np.float32)
+
+
 def test_evaluation_keeps_no_array_alive(rng):
     x = batches(rng)[0]
     alive = weakref.ref(x)

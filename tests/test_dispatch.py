@@ -6,7 +6,6 @@ import os
 import site
 import sys
 import threading
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -16,19 +15,21 @@ from fastbn._threads import SERIAL_SIZE
 
 HERE = threading.get_ident
 # Without their caches.
-DEFAULT_THREADS, MOST_THREADS, LOAD_TBB = (
-    f.__wrapped__ for f in (_threads.default_threads, _threads._most_threads, _threads.load_tbb)
-)
+MOST_THREADS, LOAD_TBB = (f.__wrapped__ for f in (_threads._most_threads, _threads.load_tbb))
 
 
 class Numba:
-    """As much of Numba as `_threads` asks: four threads, a setting, the name of a layer."""
+    """As much of Numba as `_threads` asks: four threads, a setting, a layer that starts when it is first asked for."""
 
     def __init__(self):
-        self.config = SimpleNamespace(NUMBA_NUM_THREADS=4)
-        self.threads, self.layer, self.set = 4, None, []
+        priority = ["tbb", "omp", "workqueue"]
+        self.config = SimpleNamespace(NUMBA_NUM_THREADS=4, THREADING_LAYER="default", THREADING_LAYER_PRIORITY=priority)
+        self.threads, self.layer, self.starts, self.set = 4, None, "tbb", []
 
     def get_num_threads(self):
+        if self.starts is None:
+            raise ValueError("No threading layer could be loaded.")
+        self.layer = self.layer or self.starts
         return self.threads
 
     def set_num_threads(self, n):
@@ -61,7 +62,8 @@ def numba(monkeypatch):
     """Nothing has run yet, and nothing is set."""
     fake = Numba()
     monkeypatch.setitem(sys.modules, "numba", fake)
-    for name, value in {"_limit": None, "_layer": None, "_starter": None, "_serial_only": False}.items():
+    start = {"_limit": None, "_loaded": False, "_layer": None, "_starter": None, "_serial_only": False}
+    for name, value in start.items():
         monkeypatch.setattr(_threads, name, value)
     monkeypatch.setattr(_threads, "_inside", set())
     monkeypatch.setattr(_threads, "_region", threading.Lock())
@@ -88,30 +90,66 @@ def run(kernel, size=SERIAL_SIZE):
 
 def test_small_calls_run_serial(kernel, numba):
     assert run(kernel, SERIAL_SIZE - 1) == "serial"
-    assert not numba.loads
+    assert numba.layer is None
     assert run(kernel, SERIAL_SIZE) == "parallel on 4"
 
 
-def test_the_first_region_loads_tbb_and_notes_the_layer(kernel, numba):
-    kernel.during = lambda: setattr(numba, "layer", "omp")
+def test_calls_with_one_thread_start_none(kernel, numba):
+    _threads.set_num_threads(1)
+    assert run(kernel) == "serial"
+    assert (_threads._layer, numba.layer) == (None, None)
+
+
+def test_the_first_call_loads_tbb_and_the_first_region_starts_it(kernel, numba):
+    run(kernel, SERIAL_SIZE - 1)
+    assert (_threads._layer, _threads._starter, numba.loads) == (None, None, [1])
     assert run(kernel) == "parallel on 4"
-    assert (_threads._layer, _threads._starter, numba.loads) == ("omp", HERE(), [1])
+    assert (_threads._layer, _threads._starter, numba.loads) == ("tbb", HERE(), [1])
     assert run(kernel) == "parallel on 4"
     assert numba.loads == [1]
     assert not _threads._region.locked()
 
 
-def test_a_layer_that_is_not_known_afterwards_is_asked_for_again(kernel):
-    run(kernel)
-    assert (_threads._layer, _threads._starter) == (None, None)
+@pytest.mark.parametrize("layer", ["workqueue", "tbb", "omp"])
+def test_threads_that_others_have_started(kernel, numba, layer):
+    """It is not known by which thread."""
+    numba.layer = layer
+    assert run(kernel) == "parallel on 4"
+    assert (_threads._layer, _threads._starter) == (layer, None)
 
 
-@pytest.mark.parametrize("layer", [None, "workqueue", "tbb", "omp"])
+@pytest.mark.parametrize(
+    ("setting", "value", "told"),
+    [
+        ("THREADING_LAYER", "nonsense", "NUMBA_THREADING_LAYER is 'nonsense', which is unknown or not installed"),
+        ("THREADING_LAYER_PRIORITY", ["a", "b"],
+         "NUMBA_THREADING_LAYER_PRIORITY is 'a b', expected 'tbb omp workqueue'"),
+    ],
+)  # fmt: skip
+def test_no_layer_can_be_started(kernel, numba, setting, value, told):
+    """Said once, before anything ran; from then on all is serial."""
+    numba.starts = None
+    setattr(numba.config, setting, value)
+    with pytest.raises(RuntimeWarning, match=rf"^{told}: fastbn uses one thread$"):
+        _threads.run(kernel, SERIAL_SIZE)
+    assert not kernel.ran
+    assert run(kernel) == "serial"
+    assert _threads.get_num_threads() == 1
+
+
+def test_threads_that_start_the_layer_at_once(kernel, numba, monkeypatch):
+    """The one that comes second finds it started."""
+    monkeypatch.setattr(_threads, "_layer", "omp")
+    assert _threads._start() == "omp"
+    assert numba.layer is None
+
+
+@pytest.mark.parametrize("layer", ["workqueue", "tbb", "omp"])
 def test_while_another_thread_is_in_a_region(kernel, monkeypatch, layer):
-    """Before the layer is known, and under workqueue, a second region would abort the process."""
+    """Under workqueue a second region would abort the process."""
     monkeypatch.setattr(_threads, "_layer", layer)
     with _threads._region:
-        assert run(kernel) == ("serial" if layer in (None, "workqueue") else "parallel on 4")
+        assert run(kernel) == ("serial" if layer == "workqueue" else "parallel on 4")
     assert run(kernel) == "parallel on 4"
 
 
@@ -176,32 +214,6 @@ def test_planned_threads(numba):
 
 
 # -------------------------------------------------------------------------------------------- what the machine gives
-
-
-@pytest.mark.parametrize(
-    ("quota", "expected"),
-    [("max 100000", 4), ("150000 100000", 2), ("100000 100000", 1), ("10000 100000", 1), ("900000 100000", 4),
-     ("200001 100000", 3), ("0 100000", 1), ("", 4), ("nonsense", 4), ("a b", 4)],
-)  # fmt: skip
-def test_a_cpu_quota_caps_the_threads(numba, monkeypatch, quota, expected):
-    asked = []
-    monkeypatch.setattr(Path, "read_text", lambda path: asked.append(str(path)) or quota)
-    monkeypatch.delenv("NUMBA_NUM_THREADS", raising=False)
-    assert DEFAULT_THREADS() == expected
-    assert asked == ["/sys/fs/cgroup/cpu.max"]
-
-
-def test_without_a_quota_the_threads_are_numbas(numba, monkeypatch):
-    def missing(path):
-        raise FileNotFoundError(path)
-
-    monkeypatch.setattr(Path, "read_text", missing)
-    monkeypatch.delenv("NUMBA_NUM_THREADS", raising=False)
-    assert DEFAULT_THREADS() == 4
-    monkeypatch.setattr(Path, "read_text", lambda path: "100000 100000")
-    assert DEFAULT_THREADS() == 1
-    monkeypatch.setenv("NUMBA_NUM_THREADS", "4")  # the user's word counts for more than the quota
-    assert DEFAULT_THREADS() == 4
 
 
 def test_numba_says_how_many_threads_there_are(numba):

@@ -10,7 +10,6 @@ from layers import FORKS, LAYERS, PREAMBLE, run_layer, skip_without
 from subprocesses import run_python, run_script
 
 import fastbn
-from fastbn import _threads
 
 SCRIPTS = {
     "a forked child": """
@@ -56,7 +55,6 @@ assert results == [True, True]
 assert in_child(right)
 """,
     "a fork after the user's own code has started Numba's threads": """
-from fastbn import _threads
 import numba
 _threads.load_tbb()
 together(numba.get_num_threads)
@@ -314,35 +312,3 @@ def test_what_a_forward_saved_is_pickled_in_any_memory_order(view, protocol, rng
             assert a.dtype == b.dtype
             np.testing.assert_array_equal(a, b, strict=True)
         np.testing.assert_array_equal(back.moments.m2, kept.moments.m2, strict=True)
-
-
-@pytest.mark.parametrize(
-    ("layer", "starter", "inside", "serial"),
-    [
-        (None, None, set(), False),
-        ("workqueue", "other", {"other"}, False),
-        ("omp", "me", set(), True),
-        ("tbb", "me", set(), False),
-        ("tbb", "me", {"me"}, False),
-        ("tbb", "me", {"other"}, True),
-        ("tbb", "other", set(), True),
-        ("tbb", None, set(), True),
-    ],
-)
-def test_which_children_stay_serial(layer, starter, inside, serial, monkeypatch):
-    threads = {"me": _threads.threading.get_ident(), "other": -1, None: None}
-    for name, value in {
-        "_layer": layer,
-        "_starter": threads[starter],
-        "_inside": {threads[t] for t in inside},
-        "_region": None,
-        "_serial_only": False,
-        "threading_layer": lambda: None,
-    }.items():
-        monkeypatch.setattr(_threads, name, value)
-    _threads._after_fork()
-    assert _threads._serial_only is serial
-    assert not _threads._inside
-    assert _threads._region.acquire(blocking=False)
-    if serial:
-        assert _threads.get_num_threads() == 1

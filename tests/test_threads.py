@@ -6,9 +6,6 @@ import pytest
 from layers import LAYERS, PREAMBLE, run_layer, skip_without, unavailable
 from subprocesses import run_script
 
-import fastbn
-from fastbn import _threads
-
 pytestmark = pytest.mark.jit("no threading layer ever starts")
 
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
@@ -231,24 +228,3 @@ def test_the_bits_are_those_of_every_layer():
     available = [layer for layer in LAYERS if not unavailable(layer)]
     found = {run_script(PREAMBLE + "print(digest())", NUMBA_THREADING_LAYER=layer) for layer in available}
     assert len(found) == 1
-
-
-def test_one_region_at_a_time_under_workqueue(monkeypatch):
-    """While another thread is in one, the serial build takes over."""
-    ran = []
-
-    class Kernel:
-        serial = staticmethod(lambda: ran.append("serial"))
-        parallel = staticmethod(lambda: ran.append("parallel"))
-
-    monkeypatch.setattr(_threads, "_layer", "workqueue")
-    monkeypatch.setattr(_threads, "_most_threads", lambda: 2)
-    monkeypatch.setattr(_threads, "default_threads", lambda: 2)
-    size = _threads.SERIAL_SIZE
-    assert fastbn.get_num_threads() == 2
-    _threads.run(Kernel, size)
-    with _threads._region:
-        _threads.run(Kernel, size)
-    _threads.run(Kernel, size)
-    _threads.run(Kernel, size - 1)
-    assert ran == ["parallel", "serial", "parallel", "serial"]

@@ -25,8 +25,15 @@ from pathlib import Path
 from types import FunctionType
 from typing import Any
 
-import numba
 import numpy as np
+
+try:
+    import numba
+except ValueError:  # Numba says that a number of threads is wrong, but not where it comes from
+    threads = os.environ.get("NUMBA_NUM_THREADS", "1")
+    if threads.strip().lstrip("-").isdigit() and int(threads) < 1:
+        raise ValueError(f"the environment variable NUMBA_NUM_THREADS is {threads!r}, expected at least 1") from None
+    raise
 from numba import config, njit, prange
 from numba.core.caching import NullCache
 from numba.core.compiler import CompileResult

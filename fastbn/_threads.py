@@ -238,8 +238,11 @@ def set_num_threads(n: int | None) -> None:
 
 
 def _numba() -> Any:
-    import numba  # not before it is needed: it takes most of a second
-
+    try:
+        import numba  # not before it is needed: it takes most of a second
+    except ValueError:
+        importlib.import_module("._jit", __package__)  # which says what is wrong with Numba's settings
+        raise
     return numba
 
 

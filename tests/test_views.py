@@ -81,6 +81,7 @@ def verbs(x, dy, d, axis):
     m = fastbn.moments(x, axis=axis)
     return inference(x, d, axis) | {
         "y": y, "mean": m.mean, "m2": m.m2, "saved mean": saved.mean, "saved var": saved.var,
+        "saved m2": saved.moments.m2, "saved moments' mean": saved.moments.mean,
         "dx": dx, "dgamma": dgamma, "dbeta": dbeta,
         "fixed dx": fixed_dx, "fixed dgamma": fixed_dgamma, "fixed dbeta": fixed_dbeta,
     }  # fmt: skip

@@ -194,11 +194,11 @@ def test_another_thread_may_be_quicker(monkeypatch):
 
 
 def test_a_buffer_of_the_right_size_is_taken_and_cut(pool):
-    sizes = [1000, 1250, 1251]
+    sizes = [1000, 1250, 1252]
     buffers = {n: _memory._Buffer(n) for n in sizes}
     pool.extend(buffers.values())
     kept = []
-    for size, found in ((1001, 1250), (1251, 1251), (1000, 1000), (1000, None)):
+    for size, found in ((1001, 1250), (1000, 1000), (1001, None), (1002, 1252), (1000, None)):
         a = _memory._lease(size)
         kept.append(a)
         assert (a.shape, a.dtype) == ((size,), np.uint8)

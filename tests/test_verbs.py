@@ -86,6 +86,18 @@ def test_omitted_parameters_are_one_and_zero(rng, dtype, gamma, beta):
     )
 
 
+@pytest.mark.parametrize(("dtype", "expected"), [("float32", "float32"), ("int8", "float32"), ("float64", "float64")])
+def test_gradients_of_omitted_and_integer_parameters_have_the_dtype_of_y(rng, dtype, expected):
+    x = (rng.normal(size=(9, 3)) * 9).astype(dtype)
+    ones, wide = np.ones(3, "int16"), np.ones(3, ">f8")
+    for gamma, beta in ((None, None), (ones, ones), (None, ones), (ones, None), (wide, None), (None, wide)):
+        given = [np.dtype("float64" if p is wide else expected) for p in (gamma, beta)]
+        for saved in (fastbn.batch_norm_train(x, gamma, beta)[1], fastbn.Saved.fixed(x, 0, 1, gamma, beta)):
+            dx, *grads = fastbn.batch_norm_backward(np.ones((9, 3)), saved)
+            assert dx.dtype == expected
+            assert [g.dtype for g in grads] == given
+
+
 def test_parameters_may_be_scalars_lists_and_of_another_dtype(rng):
     d = SMALL[0].data(rng, "float32")
     y = fastbn.batch_norm(d.x, 0.5, 2, 3.0, -1)

@@ -128,10 +128,10 @@ def new(like: Array, dtype: np.dtype[Any], lay: Layout) -> Array:
 
 
 def source(x: Array, lay: Layout) -> Array:
-    """The elements of x in memory order; a copy only if x is contiguous in no order of its axes."""
+    """The elements of x in memory order; a copy only where x is not dense: in no order of its axes, or unaligned."""
     if is_dense(x, lay):
         return flat(x, lay)
-    return np.ascontiguousarray(x.transpose(lay.order), dtype=x.dtype.newbyteorder("=")).reshape(-1)
+    return np.array(x.transpose(lay.order), x.dtype.newbyteorder("="), order="C").reshape(-1)
 
 
 class Target:

@@ -1,5 +1,6 @@
 """Memory order: the canonical view, what is copied and what is not, what a forward saves."""
 
+import importlib
 import tracemalloc
 
 import numpy as np
@@ -180,3 +181,32 @@ def test_backward_of_a_subclass_normalized_in_place(rng):
     assert type(saved.x) is np.ndarray
     for found, wanted in zip(fastbn.batch_norm_backward(dy, saved), expected, strict=True):
         np.testing.assert_allclose(found, wanted, rtol=1e-9, atol=1e-12)
+
+
+def unaligned(a):
+    return np.frombuffer(b"\0" + a.tobytes(), a.dtype, offset=1).reshape(a.shape)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "int16", "bool"])
+@pytest.mark.parametrize("awkward", [unaligned, lambda a: a.astype(a.dtype.newbyteorder(">")), lambda a: a[:, ::-1]])
+def test_what_kernels_are_given(rng, monkeypatch, dtype, awkward):
+    """Flat, contiguous, aligned, native and writable arrays: the compiler counts on it, and compiles one type once."""
+    given = []
+
+    def note(kernel, size, *args):
+        given.extend(a for a in args if isinstance(a, np.ndarray))
+        kernel.serial(*args)
+
+    for name in ("functional", "moments"):  # fastbn.moments is the verb
+        monkeypatch.setattr(importlib.import_module(f"fastbn.{name}"), "run", note)
+    x = awkward((9 * rng.normal(size=(4, 3, 5))).astype(dtype))
+    dy = awkward(rng.normal(size=x.shape).astype("float64"))
+    y, saved = fastbn.batch_norm_train(x)
+    fastbn.batch_norm_backward(dy, saved)
+    fastbn.batch_norm(x, 0.0, 1.0)
+    fastbn.moments(x)
+    assert len(given) == 4 + 6 + 4 + 4
+    for a in given:
+        assert (a.dtype.isnative, a.flags.c_contiguous, a.flags.aligned, a.flags.writeable) == (True,) * 4
+        assert type(a) is np.ndarray
+    assert y.dtype == reference.result_dtype(dtype)

@@ -85,7 +85,7 @@ MESSAGES = [
      "batch_norm: mean has shape (2,), expected (3,), the channels of x; x has shape (4, 3, 5), axis=1"),
     (lambda: Saved.fixed(x(), 0, np.ones(2), axis=(1,)),
      "Saved.fixed: var has shape (2,), expected (3,), the channels of x; x has shape (4, 3, 5), axis=(1,)"),
-    (lambda: batch_norm(x(), 0, [1, 2, -3]), "batch_norm: var is -3 at (2,), expected no negative variance"),
+    (lambda: batch_norm(x(), 0, [0, 2, -3]), "batch_norm: var is -3 at (2,), expected no negative variance"),
     (lambda: batch_norm(x(), 0, -1), "batch_norm: var is -1, expected no negative variance"),
     (lambda: batch_norm(np.ones((2, 3, 4)), 0, [[1, 1], [1, -1.5]] * np.ones((1, 1)), axis=(0, 2)),
      "batch_norm: var has shape (2, 2), expected (2, 4), the channels of x; x has shape (2, 3, 4), axis=(0, 2)"),

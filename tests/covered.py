@@ -19,7 +19,20 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 LINES, BRANCHES = 100, 98  # per cent
 
-PLAIN = ["config", "dispatch", "errors", "kernels", "layer", "layout", "main", "memory", "messages", "moments", "peers"]
+PLAIN = [
+    "config",
+    "dispatch",
+    "errors",
+    "grid",
+    "kernels",
+    "layer",
+    "layout",
+    "main",
+    "memory",
+    "messages",
+    "moments",
+    "peers",
+]
 RUNS = [
     (
         "NUMBA_DISABLE_JIT",

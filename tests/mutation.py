@@ -41,7 +41,7 @@ RUNS = {
     ),
     "kernels": (
         [f"fastbn/kernels/{name}.py" for name in KERNELS],
-        ["tiles", "verbs", "numerics"],
+        ["grid", "tiles", "verbs", "numerics"],
         "not (test_verbs and float64 or segments or group-narrow or strips or can_count or every_grid)",
     ),
     # A run of its own: the lanes are called so often that a look-up of the mutant in each would double the time.

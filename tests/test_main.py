@@ -150,6 +150,60 @@ def test_as_a_script(monkeypatch, capsys):
     assert "--rounds must be at least 1" in capsys.readouterr().err
 
 
+def given_layers():
+    """Two layers whose copy takes 1 and 2 s; fastbn a tenth more than the limit, fresh a fifth; NumPy 5 times that."""
+    for channels, side, times, copy in ((8, 14, 2, 1.0), (16, 7, 1, 2.0)):
+        seconds = {"copy": copy, "triad": 1.5 * copy, "read": 0.5 * copy, "read2": 0.75 * copy}
+        layer = _measure.Layer(channels, side, times, seconds)
+        for op in _measure.OPERATIONS:
+            limit = sum(seconds[name] for name in op.limit)
+            layer.seconds |= {f"fastbn {op.key}": 1.1 * limit, f"fastbn fresh {op.key}": 1.2 * limit}
+            layer.seconds[f"NumPy {op.key}"] = 5.5 * limit
+            layer.errors[op.key] = 1e-7 * copy
+        layer.seconds["Half inference NCHW"] = 2.2 * copy
+        yield layer
+
+
+def test_the_figures_of_given_times(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(cli, "RESNET50", SMALL)
+    monkeypatch.setattr(_measure, "measure", lambda layers, rounds, peers: given_layers())
+    monkeypatch.setattr(_peers, "PEERS", (_peers.NumPy, Half))
+    monkeypatch.setitem(_plot.STYLES, "Half", ("black", "x"))
+    path = tmp_path / "layers.svg"
+    assert cli.main(["--markdown", "--plot", str(path)]) == 0
+    out = capsys.readouterr().out
+    rows = [line.strip("| ").split(" | ") for line in out.splitlines() if line.startswith("|")]
+    # 4 s of copies; 2 * 32 * 8 * 14**2 + 32 * 16 * 7**2 = 125,440 elements, two or three times 4 bytes.
+    limits = {"copy": 4.0, "copy + read": 6.0, "triad": 6.0, "triad + read2": 9.0}
+    head = [
+        "operation",
+        "layout",
+        "ms",
+        "GB/s",
+        "limit",
+        "ratio",
+        "goal",
+        "fresh",
+        "times NumPy",
+        "times Half",
+        "error",
+    ]
+    assert rows[0] == head
+    for row, op in zip(rows[2:8], _measure.OPERATIONS, strict=True):
+        limit = " + ".join(op.limit)
+        seconds = 1.1 * limits[limit]
+        half = "2.0" if op.key == "inference NCHW" else "-"
+        figures = [f"{1e3 * seconds:.1f}", "0.0", limit, "1.10", f"{op.goal:.2f}", "1.20", "5.0", half, "2e-07"]
+        assert row == [op.name, op.layout, *figures]
+    assert rows[10:] == [["8", "14", "2", "1000.00", "1.10", "1.65", "1.65", "2.48", "1.10", "1.10"],
+                         ["16", "7", "1", "2000.00", "1.10", "1.65", "1.65", "2.48", "1.10", "1.10"]]  # fmt: skip
+    assert "(in units of copy: copy 1.00, triad 1.50, read 0.50, read2 0.75)" in out
+    assert "Into given arrays: NumPy. With fresh outputs, as their users get them: Half." in out
+    assert "results right: largest error 2.0e-07" in out
+    drawn = path.read_text()
+    assert all(f"<!-- {name} -->" in drawn for name in ("limit", "fastbn", "NumPy", "Half", "backward, NHWC"))
+
+
 class Half(_peers.Peer):
     """One operation in one layout."""
 

@@ -78,3 +78,9 @@ def test_an_absent_peer_is_not_there(monkeypatch):
 
     monkeypatch.setattr(_peers, "PEERS", (Absent, _peers.NumPy))
     assert [p.name for p in _peers.present(1)] == ["NumPy"]
+
+
+def test_a_pytorch_without_onednn_offers_none(monkeypatch):
+    torch = pytest.importorskip("torch")
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    assert "oneDNN" not in [p.name for p in _peers.present(1)]

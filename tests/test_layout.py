@@ -187,7 +187,7 @@ def unaligned(a):
     return np.frombuffer(b"\0" + a.tobytes(), a.dtype, offset=1).reshape(a.shape)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float64", "int16", "bool"])
+@pytest.mark.parametrize("dtype", ["float32", "float64", "int8", "bool"])
 @pytest.mark.parametrize("awkward", [unaligned, lambda a: a.astype(a.dtype.newbyteorder(">")), lambda a: a[:, ::-1]])
 def test_what_kernels_are_given(rng, monkeypatch, dtype, awkward):
     """Flat, contiguous, aligned, native and writable arrays: the compiler counts on it, and compiles one type once."""

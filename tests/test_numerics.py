@@ -87,23 +87,37 @@ def hostile(rng, n, dtype):
     }
 
 
+def few_values(rng, n, dtype):
+    """Of few digits or few in number, after outliers: their sums are all rounded the same way."""
+    z, ramp = rng.normal(size=n), np.arange(n)
+    return {
+        "of 1 / 16": np.where(ramp < 20, 1e7, np.round(z) / 16),
+        "of 1 / 16 after one": np.where(ramp < 1, 1e8, np.round(z) / 16),
+        "of 1 / 1000": np.where(ramp < 20, 1e6, np.round(z) / 1000),
+        "of float32": np.where(ramp < 20, 1e7, z.astype("float32")),
+        "of float32, offset": np.where(ramp < 20, -1e6, 1e6 + z).astype("float32"),
+        "two": np.where(ramp < 20, 1e7, np.where(ramp % 2, 1 / 16, 3 / 16)),
+        "one": np.where(ramp < 20, 1e7, 0.1),
+    }
+
+
 KINDS = list(hostile(np.random.default_rng(0), 8, "float32"))
 
 
 @functools.cache
-def known(n, dtype):
+def known(make, n, dtype):
     """(name, values, mean, variance) of every kind; the statistics of the stored values, without any rounding."""
     found = []
-    for name, values in hostile(np.random.default_rng(n), n, dtype).items():
+    for name, values in make(np.random.default_rng(n), n, dtype).items():
         values = values.astype(dtype)
         found.append((name, values, *exact.moments(values)))
     return found
 
 
-def batches(case, dtype):
+def batches(case, dtype, make=hostile):
     """Arrays of a case with a hostile kind in each channel, in turn, as many as it takes: (what is known, x)."""
     channels = int(np.prod(case.channels))
-    kinds = known(case.size // channels, dtype)
+    kinds = known(make, case.size // channels, dtype)
     axes = [a % len(case.shape) for a in (case.axis if isinstance(case.axis, tuple) else (case.axis,))]
     rest = [n for a, n in enumerate(case.shape) if a not in axes]
     for first in range(0, len(kinds), channels):
@@ -133,6 +147,15 @@ def test_statistics_against_exact_arithmetic(case, dtype):
             else:
                 assert exact.digits(found, mean, std) <= 1e-14, f"{name}: mean {found!r}, expected {float(mean)!r}"
                 assert exact.digits(found_var, var) <= 1e-14, f"{name}: var {found_var!r}, expected {float(var)!r}"
+
+
+@pytest.mark.parametrize("case", [*SERIAL, *BIG, Case("runs-fused", (32, 64, 196))], ids=str)
+def test_few_values_after_outliers_keep_14_digits(case):
+    for kinds, x in batches(case, "float64", few_values):
+        m = fastbn.moments(x, axis=case.axis)
+        for (name, _, mean, var), found, found_var in zip(kinds, m.mean.flat, m.var().flat, strict=True):
+            errors = exact.digits(found, mean, float(var) ** 0.5), exact.digits(found_var, var)
+            assert max(errors) <= 1e-14, f"values {name}: mean and var are {errors} off"
 
 
 @pytest.mark.parametrize("dtype", FLOATS)

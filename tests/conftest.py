@@ -35,6 +35,8 @@ os.environ["NUMBA_CACHE_DIR"] = str(folder)
 
 import numpy as np  # noqa: E402
 from hypothesis import settings  # noqa: E402
+from hypothesis.configuration import set_hypothesis_home_dir  # noqa: E402
+from strategies import EXAMPLES  # noqa: E402
 
 JIT = os.environ.get("NUMBA_DISABLE_JIT", "0") == "0"
 
@@ -46,9 +48,18 @@ def pytest_collection_modifyitems(items):
 
 
 # No database: a failure prints the example and the line that repeats it; nothing is written beside the project.
-settings.register_profile("default", max_examples=25, derandomize=True, deadline=None, database=None)
-settings.register_profile("long", max_examples=1000, deadline=None, database=None, print_blob=True)
+set_hypothesis_home_dir(tempfile.gettempdir() + "/fastbn-test-hypothesis")
+EVERY = settings(deadline=None, database=None, print_blob=True)
+settings.register_profile("default", EVERY, max_examples=25, derandomize=True)
+settings.register_profile("ci", EVERY, max_examples=750, derandomize=True)
+# New examples every time. How many: EXAMPLES=100000 pytest ...
+settings.register_profile("soak", EVERY, max_examples=int(os.environ.get("EXAMPLES", "10000")))
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
+
+
+def pytest_terminal_summary(terminalreporter):
+    if EXAMPLES:
+        terminalreporter.write_line(f"{EXAMPLES.total():,} examples of {len(EXAMPLES)} properties")
 
 
 @pytest.fixture

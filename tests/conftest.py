@@ -52,8 +52,8 @@ set_hypothesis_home_dir(tempfile.gettempdir() + "/fastbn-test-hypothesis")
 EVERY = settings(deadline=None, database=None, print_blob=True)
 settings.register_profile("default", EVERY, max_examples=25, derandomize=True)
 settings.register_profile("ci", EVERY, max_examples=750, derandomize=True)
-# New examples every time. How many: EXAMPLES=100000 pytest ...
-settings.register_profile("soak", EVERY, max_examples=int(os.environ.get("EXAMPLES", "10000")))
+# New examples every time. How many: FASTBN_EXAMPLES=100000 pytest ...
+settings.register_profile("soak", EVERY, max_examples=int(os.environ.get("FASTBN_EXAMPLES", "10000")))
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 

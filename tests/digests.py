@@ -1,32 +1,55 @@
-"""Prints, as JSON, digests of all results for each number of threads: a program for `test_kernels`."""
+"""The bits of all that the verbs compute, as sha256; as a program, those under every number of threads, as JSON."""
 
+import hashlib
 import json
 
 import numba
 import numpy as np
 import pytest
-from arrays import FLOATS
-from test_kernels import DIGESTS, digests, force
+from arrays import BIG, FLOATS
+from builds import force
 
 import fastbn
 
+# Every way through the kernels (a test sees to that), large enough to run parallel.
+CASES = [BIG[0], BIG[2], BIG[3], BIG[5], BIG[6], BIG[8], BIG[10], BIG[12], BIG[15]]
+KEYS = {f"{case}-{dtype}": (case, dtype) for case in CASES for dtype in FLOATS}
+
+
+def data(key):
+    case, dtype = KEYS[key]
+    return case.data(np.random.default_rng(1), dtype)
+
+
+def digests(key, d=None, new=lambda like: None):
+    """Of one case, or of other memory with its data. `new` makes the array that receives y or dx."""
+    d, axis = d or data(key), KEYS[key][0].axis
+    m = fastbn.moments(d.x, axis=axis)
+    y, saved = fastbn.batch_norm_train(d.x, d.gamma, d.beta, axis=axis, out=new(d.dy))
+    z = fastbn.batch_norm(d.x, d.mean, d.var, d.gamma, d.beta, axis=axis, out=new(d.dy))
+    frozen = fastbn.Saved.fixed(d.x, d.mean, d.var, d.gamma, axis=axis)
+    results = {"mean": m.mean, "m2": m.m2, "y": y, "saved mean": saved.mean, "saved var": saved.var, "inference": z}
+    for name, s in (("backward", saved), ("frozen", frozen)):
+        gradients = fastbn.batch_norm_backward(d.dy, s, out=new(d.dy))
+        results |= {f"{name} {part}": a for part, a in zip(("dx", "dgamma", "dbeta"), gradients, strict=True)}
+    return {name: hashlib.sha256(a.tobytes("K")).hexdigest() for name, a in results.items()}
+
 
 def main():
-    assert numba.config.NUMBA_NUM_THREADS == 4
+    most = numba.config.NUMBA_NUM_THREADS
     found = {}
-    for case in DIGESTS:
-        for dtype in FLOATS:
-            d = case.data(np.random.default_rng(1), dtype)
-            results = found[f"{case}-{dtype}"] = {}
-            for n in (1, 2, 4):
-                fastbn.set_num_threads(n)
-                results[str(n)] = digests(d, case.axis)
-            for n in (0, 1, 2, 4):
-                with pytest.MonkeyPatch.context() as patch:
-                    force(patch, lambda kernel, *args, n=n: (kernel.parallel if n else kernel.serial)(*args))
-                    numba.set_num_threads(n or 4)
-                    results[f"parallel by {n}" if n else "serial"] = digests(d, case.axis)
-    print(json.dumps(found))  # noqa: T201
+    for key in KEYS:
+        d = data(key)
+        results = found[key] = {}
+        for n in range(1, most + 1):
+            fastbn.set_num_threads(n)
+            results[f"{n} threads"] = digests(key, d)
+        for n in (0, 1, most):
+            with pytest.MonkeyPatch.context() as patch:
+                force(patch, lambda kernel, *args, n=n: (kernel.parallel if n else kernel.serial)(*args))
+                numba.set_num_threads(n or most)
+                results[f"the parallel build by {n} threads" if n else "the serial build"] = digests(key, d)
+    print(json.dumps({"layer": numba.threading_layer(), "digests": found}))  # noqa: T201
 
 
 if __name__ == "__main__":

@@ -29,6 +29,15 @@ EDGES = {
     "real": [0, *(n + d for n in (16, RUN, 128, FOLD, STRIP, SEGMENT) for d in (0, 1, -1)), SEGMENT + 17],
 }
 
+PATHS = {
+    "runs fused, one tile", "runs fused, many tiles", "groups", "a smaller last group",
+    "runs split, one tile", "runs split, many tiles", "segments",
+    "rows fused, one tile", "rows fused, many tiles", "rows fused, strips",
+    "rows split, one tile", "rows split, many tiles", "blocks", "rows split, strips",
+    "folded", "a last row that is not full", "channels brought together",
+}  # fmt: skip
+"""The ways through the kernels, in the words of `Problem.path`."""
+
 SEEDS = st.integers(0, 2**32 - 1)
 
 

@@ -1,8 +1,8 @@
 """What is true of every input: symmetries of the formula, on arrays that Hypothesis makes up.
 
 `pytest` runs a few examples of each property, ``HYPOTHESIS_PROFILE=ci`` 20,000 in all, always the same, and
-``HYPOTHESIS_PROFILE=soak`` new ones at every run: 10,000 of each property, or as many as EXAMPLES says. A property that
-does not hold prints the shortest example found and the line that repeats it.
+``HYPOTHESIS_PROFILE=soak`` new ones at every run: 10,000 of each property, or as many as FASTBN_EXAMPLES says. A
+property that does not hold prints the shortest example found and the line that repeats it.
 """
 
 import copy
@@ -16,7 +16,7 @@ from arrays import FLOATS, INTEGERS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import WIDE, assert_within, tolerance
-from strategies import EXAMPLES, SEEDS, Problem, holds, problems
+from strategies import EXAMPLES, PATHS, SEEDS, Problem, holds, problems
 
 import fastbn
 
@@ -539,14 +539,6 @@ def test_moments_go_round(p, clone):
 
 
 # ------------------------------------------------------------------------------------------------------- the examples
-
-PATHS = {
-    "runs fused, one tile", "runs fused, many tiles", "groups", "a smaller last group",
-    "runs split, one tile", "runs split, many tiles", "segments",
-    "rows fused, one tile", "rows fused, many tiles", "rows fused, strips",
-    "rows split, one tile", "rows split, many tiles", "blocks", "rows split, strips",
-    "folded", "a last row that is not full", "channels brought together",
-}  # fmt: skip
 
 
 def test_the_examples_go_every_way_through_the_kernels():

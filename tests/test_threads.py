@@ -222,9 +222,3 @@ except ValueError:
     print("not started")
 """
     assert run_script(script, NUMBA_NUM_THREADS="2") == "not started\n"
-
-
-def test_the_bits_are_those_of_every_layer():
-    available = [layer for layer in LAYERS if not unavailable(layer)]
-    found = {run_script(PREAMBLE + "print(digest())", NUMBA_THREADING_LAYER=layer) for layer in available}
-    assert len(found) == 1

@@ -49,7 +49,12 @@ def views(shape, of=SINGLE_VIEWS):
 
 
 def table(cases, of=FEWER_VIEWS):
-    return [pytest.param(c, v, id=f"{c}-{v}") for c in cases for v in views(c.shape, of)]
+    slow = pytest.mark.jit("so many values take minutes as plain Python")
+    return [
+        pytest.param(c, v, id=f"{c}-{v}", marks=slow if c.size > 50_000 else ())
+        for c in cases
+        for v in views(c.shape, of)
+    ]
 
 
 def plain(a):

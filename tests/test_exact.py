@@ -21,10 +21,10 @@ ROUNDINGS = {"y": 4, "dx": 6, "dgamma": 1, "dbeta": 1}
 BEFORE = 8
 
 HOSTILE = [
-    Case("hostile", (40, len(KINDS))),
-    Case("hostile", (5, len(KINDS), 9)),
-    Case("hostile", (3, len(KINDS), 40)),
-    Case("hostile", (1, 8, 8, len(KINDS)), -1),
+    Case("hostile-rows", (24, len(KINDS))),
+    Case("hostile-rows", (9, len(KINDS), 3)),
+    Case("hostile-runs", (3, len(KINDS), 11)),
+    Case("hostile-NHWC", (1, 5, 6, len(KINDS)), -1),
 ]
 CASES = SMALL + HOSTILE
 

@@ -328,7 +328,7 @@ def unit(cell):
 
 def test_accuracy_prints_the_tables_of_its_page(published):
     """The same rows, columns and dashes, and on ordinary data every system computes what the others do."""
-    found, _ = tables("accuracy")
+    found, _ = tables("accuracy", timeout=300)
     assert len(found) == len(published)
     absent = {system for system, package in PACKAGES.items() if importlib.util.find_spec(package) is None}
     for (title, rows), page in zip(found, published, strict=True):
@@ -345,7 +345,7 @@ def test_accuracy_prints_the_tables_of_its_page(published):
 
 def test_fastbn_is_as_accurate_as_the_page_says(published):
     """Within a factor of two: the bits are the same on one kind of CPU, not on all."""
-    found = parsed(run_python(str(FOLDER / "accuracy.py"), "--no-peers", "--markdown"))
+    found = parsed(run_python(str(FOLDER / "accuracy.py"), "--no-peers", "--markdown", timeout=300))
     compared = 0
     for (title, rows), page in zip(found, published, strict=True):
         for row, expected in zip(rows, page, strict=True):

@@ -228,7 +228,7 @@ class OnnxRuntime(Peer):
 
 
 class Jax(Peer):
-    """JAX, compiled, on arrays that are on its device already. Its variance is E[x²] - E[x]², as Flax has it."""
+    """JAX, compiled, on arrays that are on its device. Its variance is max(0, E[x²] - E[x]²), as Flax has it."""
 
     name, package, fresh = "JAX", "jax", True
 
@@ -246,7 +246,7 @@ class Jax(Peer):
 
         def train(x: Any, gamma: Any, beta: Any) -> Any:
             mean = x.mean(axes, keepdims=True)
-            var = (x * x).mean(axes, keepdims=True) - mean * mean
+            var = jax.numpy.maximum((x * x).mean(axes, keepdims=True) - mean * mean, 0)
             return infer(x, gamma, beta, mean, var)
 
         def infer(x: Any, gamma: Any, beta: Any, mean: Any, var: Any) -> Any:

@@ -56,7 +56,7 @@ def at(a, offset):
 
 
 @pytest.mark.parametrize("build", ["serial", "parallel"])
-@pytest.mark.parametrize("key", KEYS)
+@pytest.mark.parametrize("key", [key for key, (case, _) in KEYS.items() if case.size < 1 << 20])  # the time it takes
 def test_alignment(monkeypatch, key, build):
     """Of inputs and of outputs, also where they are not aligned to whole elements."""
     force(monkeypatch, lambda kernel, *args: getattr(kernel, build)(*args))

@@ -232,8 +232,8 @@ def test_workers_of_joblib(tmp_path):
 @pytest.mark.parametrize("layer", LAYERS)
 @pytest.mark.parametrize(
     ("x", "seconds"),
-    [("arrays[0][0]", 0.003), ("arrays[0][0][:2, :4, :3, :3].copy()", 0.003), ("np.ones((32, 64, 56, 56))", 0.05)],
-    ids=["parallel", "small", "long"],
+    [("arrays[0][0][:2, :4, :3, :3].copy()", 0.003), ("np.ones((32, 64, 56, 56), 'float32')", 0.02)],
+    ids=["small", "long"],
 )
 def test_the_interpreter_ends_while_threads_compute(x, seconds, layer):
     skip_without(layer)

@@ -3,6 +3,7 @@
 import collections
 import gc
 import importlib.util
+import sys
 import threading
 
 import numpy as np
@@ -249,6 +250,59 @@ def loaded_again():
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def test_beyond_the_limit_outputs_are_right_and_not_recycled(x, pool):
+    """Neither one byte too small nor one too large: what may stay is counted in bytes."""
+    expected = infer(x[:15], out=np.empty_like(x[:15]))
+    for limit, kept in ((x[:15].nbytes - 1, 0), (x[:15].nbytes, 1), (2 * x[:15].nbytes - 1, 1)):
+        fastbn.set_pool_limit(limit)
+        ys = [infer(x[:15]) for _ in range(3)]
+        for y in ys:
+            np.testing.assert_array_equal(y, expected)
+        del ys, y
+        assert len(pool) == kept
+        fastbn.empty_pool()
+
+
+def test_emptying_while_outputs_live(x, pool):
+    y = infer(x)
+    expected, where = y.copy(), address(y)
+    fastbn.empty_pool()
+    other = infer(x + 1)
+    assert not np.shares_memory(y, other)
+    np.testing.assert_array_equal(y, expected)
+    del y
+    assert [address(b.memory) for b in pool] == [where]
+
+
+def test_no_limit_is_too_large_but_for_a_machine(x, pool):
+    fastbn.set_pool_limit(sys.maxsize)
+    del_me = infer(x)
+    del del_me
+    assert len(pool) == 1
+    with pytest.raises(ValueError, match="set_pool_limit: nbytes is a number of 64 bits"):
+        fastbn.set_pool_limit(sys.maxsize + 1)
+    assert _memory._limit == sys.maxsize
+
+
+def test_an_output_that_dies_in_a_finalizer_of_the_collector(x, pool):
+    """Leases that end while the collector runs, in cycles of their own, one of them revived for a moment."""
+
+    class Holder:
+        def __init__(self):
+            self.y, self.me = infer(x), self
+
+        def __del__(self):
+            other = infer(x)  # a lease in the middle of a collection
+            seen.append(np.shares_memory(other, self.y))
+
+    seen = []
+    for _ in range(4):
+        Holder()
+    gc.collect()
+    assert seen == [False] * 4
+    assert len({address(b.memory) for b in pool}) == len(pool) >= 4
 
 
 @pytest.mark.parametrize(("value", "error"), [(-1, ValueError), ("much", TypeError), (1.5, TypeError)])

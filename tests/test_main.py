@@ -113,6 +113,7 @@ def test_the_plot(layers, tmp_path):
 
 def test_a_terminal_sees_how_far_it_is(monkeypatch, capsys):
     monkeypatch.setattr(cli, "RESNET50", SMALL)
+    monkeypatch.setattr(_measure, "measure", lambda layers, rounds, peers: given_layers())
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     assert cli.main(["--rounds", "1", "--no-peers"]) == 0
     lines = capsys.readouterr().err.split("\r\033[K")
@@ -122,14 +123,18 @@ def test_a_terminal_sees_how_far_it_is(monkeypatch, capsys):
 
 
 def test_threads(monkeypatch, capsys):
-    monkeypatch.setattr(cli, "RESNET50", SMALL[:1])
+    monkeypatch.setattr(cli, "RESNET50", SMALL)
+    monkeypatch.setattr(_measure, "measure", lambda layers, rounds, peers: given_layers())
     before = _threads._limit
     try:
         assert cli.main(["--threads", "1", "--rounds", "1", "--no-peers"]) == 0
         assert _threads._limit == 1
     finally:
         _threads.set_num_threads(before)
-    assert ", 1 threads, " in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert ", 1 threads, " in out
+    (row,) = (line for line in out.splitlines() if line.startswith("backward       NHWC"))
+    assert row.split()[2:] == ["9900.0", "0.0", "triad", "+", "read2", "1.10", "1.05", "1.20", "2e-07"]
 
 
 def test_warmup_says_what_it_did(monkeypatch, capsys):

@@ -183,30 +183,51 @@ def test_backward_of_a_subclass_normalized_in_place(rng):
         np.testing.assert_allclose(found, wanted, rtol=1e-9, atol=1e-12)
 
 
+@pytest.fixture
+def given(monkeypatch):
+    """The arrays of every call of a kernel."""
+    noted = []
+
+    def note(kernel, size, *args):
+        noted.append([a for a in args if isinstance(a, np.ndarray)])
+        kernel.serial(*args)
+
+    for name in ("functional", "moments"):  # fastbn.moments is the verb
+        monkeypatch.setattr(importlib.import_module(f"fastbn.{name}"), "run", note)
+    return noted
+
+
+@pytest.mark.parametrize("case", SMALL, ids=str)
+def test_arrays_without_gaps_are_used_in_place(rng, given, case):
+    """In any order of their axes, but where the channels would not be one ascending block."""
+    d = case.data(rng, "float32")
+    y, saved = fastbn.batch_norm_train(d.x, axis=case.axis)
+    fastbn.batch_norm(d.x, 0, 1, axis=case.axis)
+    fastbn.moments(d.x, axis=case.axis)
+    dx, _, _ = fastbn.batch_norm_backward(d.dy, saved)
+    train, infer, alone, back = given
+    used = [(train[0], d.x), (train[1], y), (infer[0], d.x), (alone[0], d.x)]
+    used += [(back[1], d.x), (back[0], d.dy), (back[2], dx)]
+    in_place = case.name not in ("apart", "around", "swapped", "rank6-tuple")
+    assert [np.shares_memory(a, b) for a, b in used] == [in_place] * len(used)
+
+
 def unaligned(a):
     return np.frombuffer(b"\0" + a.tobytes(), a.dtype, offset=1).reshape(a.shape)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64", "int8", "bool"])
 @pytest.mark.parametrize("awkward", [unaligned, lambda a: a.astype(a.dtype.newbyteorder(">")), lambda a: a[:, ::-1]])
-def test_what_kernels_are_given(rng, monkeypatch, dtype, awkward):
+def test_what_kernels_are_given(rng, given, dtype, awkward):
     """Flat, contiguous, aligned, native and writable arrays: the compiler counts on it, and compiles one type once."""
-    given = []
-
-    def note(kernel, size, *args):
-        given.extend(a for a in args if isinstance(a, np.ndarray))
-        kernel.serial(*args)
-
-    for name in ("functional", "moments"):  # fastbn.moments is the verb
-        monkeypatch.setattr(importlib.import_module(f"fastbn.{name}"), "run", note)
     x = awkward((9 * rng.normal(size=(4, 3, 5))).astype(dtype))
     dy = awkward(rng.normal(size=x.shape).astype("float64"))
     y, saved = fastbn.batch_norm_train(x)
     fastbn.batch_norm_backward(dy, saved)
     fastbn.batch_norm(x, 0.0, 1.0)
     fastbn.moments(x)
-    assert len(given) == 4 + 6 + 4 + 4
-    for a in given:
+    assert [len(arrays) for arrays in given] == [4, 6, 4, 4]
+    for a in (a for arrays in given for a in arrays):
         assert (a.dtype.isnative, a.flags.c_contiguous, a.flags.aligned, a.flags.writeable) == (True,) * 4
         assert type(a) is np.ndarray
     assert y.dtype == reference.result_dtype(dtype)

@@ -23,16 +23,16 @@ CHANNELS = 3
 @pytest.mark.parametrize("build", ["serial", "parallel"])
 @pytest.mark.parametrize("inner", [64, 1])
 def test_an_index_out_of_bounds_is_an_error(inner, build):
-    """Parameters of two channels for an array of three."""
+    """Parameters, and then room for gradients, of two channels for an array of three."""
     x = np.ones(8 * CHANNELS * inner, "float32")
     sizes = split_grid(8, CHANNELS, inner, 4).sizes
-    short, grads = np.ones((4, CHANNELS - 1)), np.empty((2, CHANNELS))
+    short, grads = np.ones((4, CHANNELS - 1)), np.empty((2, CHANNELS - 1))
     inference = getattr(forward.forward_runs if inner > 1 else forward.forward_rows, build)
     frozen = getattr(backward.backward_runs if inner > 1 else backward.backward_rows, build)
     with pytest.raises(IndexError, match="out of bounds"):
         inference(x, np.empty_like(x), short, 1e-5, 1.0, False, True, sizes)
     with pytest.raises(IndexError, match="out of bounds"):
-        frozen(x, x, np.empty_like(x), np.ones((4, CHANNELS)), 1e-5, 1.0, grads[:, 1:], True, False, sizes)
+        frozen(x, x, np.empty_like(x), np.ones((4, CHANNELS)), 1e-5, 1.0, grads, True, False, sizes)
 
 
 def test_the_kernels_were_compiled_in_this_run(rng):

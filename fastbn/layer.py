@@ -349,12 +349,13 @@ class BatchNorm:
 
     def _writable(self, fn: str) -> tuple[Array, Array]:
         """The running statistics, after every check that an update of them could fail."""
-        mean, var = self._running(fn)
+        if not self.track_running_stats:
+            self._running(fn)
         if self.momentum is not None:
             _check.number(fn, "momentum", self.momentum, 0.0, 1.0)
         _check.correction(fn, self.correction)
-        _check.statistic(fn, "running_mean", mean, self.channels)
-        _check.statistic(fn, "running_var", var, self.channels)
+        mean = _check.statistic(fn, "running_mean", self.running_mean, self.channels)
+        var = _check.statistic(fn, "running_var", self.running_var, self.channels)
         _check.apart(fn, "running_mean", mean, "running_var", var)
         return mean, var
 

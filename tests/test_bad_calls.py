@@ -233,6 +233,8 @@ NO_COUNTS = [*OBJECTS, *BOOLS, *SEQUENCES, *BUFFERS, ("float", T, 3.0), ("NaN", 
 COUNTS = [*NO_COUNTS, *NONE, ("negative", V, -1), ("2**63", V, 2**63), ("10**400", V, 10**400),
           ("int of 5000 digits", V, 10**5000), ("NumPy's -1", V, np.int8(-1)),
           ("array of -1", V, np.array([-1]))]  # fmt: skip
+# In a state the shape is checked before the value is read.
+STATE_COUNTS = [(what, V if isinstance(v, np.ndarray) and v.size > 1 else error, v) for what, error, v in COUNTS]
 CHANNELS = [
     *NO_AXES,
     ("negative", V, -1),
@@ -464,14 +466,14 @@ CALLS = {
         "BatchNorm.load_state_dict",
         lambda w: (load(w.bn), w.bn.state_dict()),
         {
-            **PARAMETERS, "running_mean": MEANS, "running_var": VARS, "num_batches_tracked": COUNTS,
+            **PARAMETERS, "running_mean": MEANS, "running_var": VARS, "num_batches_tracked": STATE_COUNTS,
             "weight": [("unknown", V, np.ones(C))],
         },
     ),
     "a pool's value": (
         "BatchNorm.load_state_dict",
         lambda w: (load(w.pooled), w.pooled.state_dict()),
-        {"running_count": COUNTS, "running_m2": VARS},
+        {"running_count": STATE_COUNTS, "running_m2": VARS},
     ),
     "a spoiled layer in training": (
         "BatchNorm|batch_norm_train",

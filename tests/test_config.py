@@ -45,7 +45,8 @@ def test_config_says_what_there_is(monkeypatch, layer, tbb, folder):
     assert found["threading layer"] == (layer or f"not started yet ({sys.modules['numba'].config.THREADING_LAYER})")
     safe = "not loaded: fastbn is safe without it, but serial in forked children"
     assert found["tbb"] == f"tbb 1.2, {tbb or safe}"
-    assert found["cache folder"] == (folder or "none is writable: kernels are compiled anew in every process")
+    without = "none is writable: kernels that no folder has are compiled anew in every process"
+    assert found["cache folder"] == (folder or without)
     assert found["fastbn"] == "fastbn 1.2"
 
 
@@ -121,7 +122,6 @@ def test_warmup_calls_every_verb_on_every_kind_of_array(calls):
         ((("float32",), range(4)), 16),
         (({"float32"}, {1}), 4),
         ((), 8),
-        ((None,), 8),
     ],
 )
 def test_warmup_takes_one_or_many(calls, arguments, arrays):
@@ -134,10 +134,10 @@ def test_warmup_takes_one_or_many(calls, arguments, arrays):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"axes": [1, 4]}, "^warmup: axis 4 is out of range for x of shape"),
+        ({"axes": [1, 4]}, "^warmup: axes has 4, expected -4 to 3$"),
         ({"axes": [[1]]}, r"^warmup: axes has \[1\], expected ints$"),
         ({"axes": [(1, 2)]}, r"^warmup: axes has \(1, 2\), expected ints$"),
-        ({"dtypes": ["float32", "complex64"]}, "^warmup: dtype is 'complex64', expected"),
+        ({"dtypes": ["float32", "complex64"]}, "^warmup: dtypes has 'complex64', expected"),
     ],
 )
 def test_warmup_calls_nothing_if_an_argument_is_bad(calls, arguments, message):

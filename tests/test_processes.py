@@ -56,6 +56,7 @@ assert in_child(right)
 """,
     "a fork after the user's own code has started Numba's threads": """
 import numba
+from fastbn import _threads
 _threads.load_tbb()
 together(numba.get_num_threads)
 assert right()

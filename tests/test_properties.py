@@ -436,11 +436,15 @@ def test_fit_population_is_that_of_all_samples(p, correction, seed):
     rng = np.random.default_rng(seed)
     axis = p.reduced[0]
     parts = np.split(p.d.x, np.sort(rng.integers(0, p.shape[axis] + 1, rng.integers(0, 4))), axis)
-    bn = layer_of(p, correction=correction, dtype="float64")
+    bn = layer_of(p, correction=correction, momentum=None)
     with p.built():
         bn.fit_population(iter(parts))
     n = reference.count(p.d.x, p.axis)
     assert_moments(fastbn.Moments(n, bn.running_mean, bn.running_var * (n - correction)), p.d.x, p.axis)
+    with p.built():
+        bn(p.d.x)  # with momentum=None it goes on from there
+    m = fastbn.Moments(2 * n, bn.running_mean, bn.running_var * (2 * n - correction))
+    assert_moments(m, np.concatenate([p.d.x, p.d.x], axis), p.axis)
 
 
 # ------------------------------------------------------------------------------------------------------------ the layer

@@ -55,7 +55,6 @@ assert results == [True, True]
 assert in_child(right)
 """,
     "a fork after the user's own code has started Numba's threads": """
-from fastbn import _threads
 import numba
 from fastbn import _threads
 _threads.load_tbb()

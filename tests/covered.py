@@ -20,6 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 LINES, BRANCHES = 100, 98  # per cent
 
 PLAIN = [
+    "bad_calls",
     "config",
     "dispatch",
     "errors",
@@ -36,14 +37,14 @@ PLAIN = [
 RUNS = [
     (
         "NUMBA_DISABLE_JIT",
-        [*PLAIN, "plain", "tiles", "verbs"],
+        [*PLAIN, "plain", "quota", "strangers", "tiles", "verbs"],
         "not (large or group-narrow or idle_memory or share_nothing or keeps_the_buffer or order_and_dtype or nobody"
         " or wrong_result or test_table)",
     ),
     (
         "NUMBA_BOUNDSCHECK",
-        ["bounds", "kernels", "tiles", "verbs"],
-        "bounds or tiles or small or faulty or read_only_inputs",
+        ["bounds", "cache", "kernels", "tiles", "verbs"],
+        "bounds or cache or tiles or small or read_only_inputs",
     ),
 ]
 

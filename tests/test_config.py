@@ -137,6 +137,7 @@ def test_warmup_takes_one_or_many(calls, arguments, arrays):
         ({"axes": [1, 4]}, "^warmup: axes has 4, expected -4 to 3$"),
         ({"axes": [[1]]}, r"^warmup: axes has \[1\], expected ints$"),
         ({"axes": [(1, 2)]}, r"^warmup: axes has \(1, 2\), expected ints$"),
+        ({"dtypes": None}, "^warmup: dtypes has None, expected"),
         ({"dtypes": ["float32", "complex64"]}, "^warmup: dtypes has 'complex64', expected"),
     ],
 )

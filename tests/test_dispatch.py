@@ -1,5 +1,6 @@
 """Which build of a kernel runs, on how many threads, and what a fork leaves: every decision, without any thread."""
 
+import builtins
 import ctypes
 import importlib.util
 import os
@@ -349,3 +350,37 @@ def test_forks_are_watched_where_there_are_any(monkeypatch, forks):
              {"after_in_child": "_after_fork"}]  # fmt: skip
     expected = [{when: getattr(module, name) for when, name in group.items()} for group in hooks]
     assert watched == (expected if forks else [])
+
+
+def test_an_interrupt_while_the_users_count_is_set_again(kernel, numba, monkeypatch):
+    """Ctrl-C comes once: the second attempt succeeds."""
+    right, asked = numba.set_num_threads, []
+
+    def interrupted(n):
+        asked.append(n)
+        if asked == [2, 4]:
+            raise KeyboardInterrupt
+        right(n)
+
+    monkeypatch.setattr(numba, "set_num_threads", interrupted)
+    monkeypatch.setattr(_threads, "_layer", "tbb")
+    _threads.set_num_threads(2)
+    with pytest.raises(KeyboardInterrupt):
+        _threads.run(kernel, SERIAL_SIZE)
+    assert asked == [2, 4, 4]
+    assert numba.threads == 4
+    assert not _threads._inside
+
+
+def test_an_import_of_numba_that_fails_is_told_in_its_own_words(monkeypatch):
+    """If `_jit`, which knows better, has nothing to say about it."""
+    right = builtins.__import__
+
+    def fail(name, *args):
+        if name == "numba":
+            raise ValueError("the settings are wrong")
+        return right(name, *args)
+
+    monkeypatch.setattr(builtins, "__import__", fail)
+    with pytest.raises(ValueError, match=r"^the settings are wrong$"):
+        _threads._numba()

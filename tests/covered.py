@@ -20,7 +20,6 @@ ROOT = Path(__file__).resolve().parents[1]
 LINES, BRANCHES = 100, 98  # per cent
 
 PLAIN = [
-    "bad_calls",
     "config",
     "dispatch",
     "errors",

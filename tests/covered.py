@@ -36,14 +36,14 @@ PLAIN = [
 RUNS = [
     (
         "NUMBA_DISABLE_JIT",
-        [*PLAIN, "plain", "quota", "strangers", "tiles", "verbs"],
+        [*PLAIN, "folders", "plain", "quota", "strangers", "tiles", "verbs"],
         "not (large or group-narrow or idle_memory or share_nothing or keeps_the_buffer or order_and_dtype or nobody"
         " or wrong_result or test_table)",
     ),
     (
         "NUMBA_BOUNDSCHECK",
-        ["bounds", "cache", "kernels", "tiles", "verbs"],
-        "bounds or cache or tiles or small or read_only_inputs",
+        ["bounds", "folders", "kernels", "tiles", "verbs"],
+        "bounds or folders or tiles or small or read_only_inputs",
     ),
 ]
 

@@ -199,6 +199,22 @@ MESSAGES = [
      "BatchNorm.load_state_dict: running_m2 is -1.0, expected no negative value"),
     (lambda: layer(momentum=None).load_state_dict(state(**COUNTED | {"running_count": 1.5})),
      "BatchNorm.load_state_dict: running_count is 1.5, expected an int"),
+    # what strangers bring
+    (lambda: batch_norm(x(), 0, 1, eps=10**5000),
+     "batch_norm: eps is beyond float64, expected a finite number of at least 0"),
+    (lambda: layer(axis=10**5000), "BatchNorm: axis is an int of 16610 bits, expected -64 to 63"),
+    (lambda: layer(axis=64), "BatchNorm: axis is 64, expected -64 to 63"),
+    (lambda: BatchNorm((3, 3), axis=(1, 1)), "BatchNorm: axis=(1, 1) names an axis twice, expected distinct axes"),
+    (lambda: BatchNorm(2**62),
+     "BatchNorm: channels is 4611686018427387904, expected the shape of an array that NumPy can make"),
+    (lambda: layer(correction=0.5), "BatchNorm: correction is 0.5, expected 0 (divide by n) or 1 (divide by n - 1)"),
+    (lambda: layer(center="no"), "BatchNorm: center is 'no', expected True or False"),
+    (lambda: update_running(np.ma.ones(3), np.ones(3), M),
+     "update_running: running_mean is a masked array, expected a plain array"),
+    (lambda: update_running(np.broadcast_to(np.ones(1), 3), np.ones(3), M),
+     "update_running: running_mean is read-only, expected a writable array (updated in place)"),
+    (lambda: update_running(np.lib.stride_tricks.as_strided(np.ones(3), (3,), (0,)), np.ones(3), M),
+     "update_running: running_mean has strides (0,): its elements overlap, expected distinct ones"),
     # the process
     (lambda: fastbn.set_num_threads(1.5), "set_num_threads: n is of type float, expected an int or None"),
     (lambda: fastbn.set_num_threads(True), "set_num_threads: n is of type bool, expected an int or None"),
@@ -219,3 +235,39 @@ def test_what_is_no_array_says_why():
     """The words behind the colon are NumPy's."""
     with pytest.raises(ValueError, match=r"^moments: x cannot be made an array: .*inhomogeneous shape"):
         moments([[1.0], [1.0, 2.0]])
+
+
+class Strange:
+    """Raises when it is asked for its array or its number."""
+
+    def __init__(self, error):
+        self.error = error
+
+    def __array__(self, dtype=None, copy=None):
+        raise self.error
+
+    def __float__(self):
+        raise self.error
+
+
+@pytest.mark.parametrize(
+    ("error", "raised", "says"),
+    [
+        (ValueError("no"), ValueError, "no"),
+        (TypeError("no"), TypeError, "no"),
+        (KeyError("no"), TypeError, "KeyError('no')"),
+    ],
+)
+def test_what_a_strangers_object_raises_is_said(error, raised, says):
+    with pytest.raises(raised) as caught:
+        moments(Strange(error))
+    assert str(caught.value) == f"moments: x cannot be made an array: {says}; {NUMBERS}"
+    with pytest.raises(
+        TypeError, match=r"^batch_norm: eps is of type Strange, expected a finite number of at least 0$"
+    ):
+        batch_norm(x(), 0, 1, eps=Strange(error))
+
+
+def test_no_memory_is_no_bad_argument():
+    with pytest.raises(MemoryError):
+        moments(Strange(MemoryError()))

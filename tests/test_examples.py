@@ -117,7 +117,9 @@ HAND = {  # grid: elements of its tiles
     # 2 channels of 2 runs, each a whole segment and 100 more, in 3 tiles: 1, 1 and 2 segments
     "split runs": (Grid(True, False, 3, np.array([1, 2, SEGMENT + 100, 0, 3])), [SEGMENT, 100, SEGMENT + 100]),
     # 3 rows of 5 channels of 2, two channels a strip
-    "fused rows": (Grid(False, True, 3, np.array([30, 10, 5, 2, 1, 2, 3, 1])), [12, 12, 6]),
+    "fused rows": (Grid(False, True, 3, np.array([30, 10, 5, 2, 1, 2, 3, 3])), [12, 12, 6]),
+    # the same in two tiles
+    "fused strips": (Grid(False, True, 2, np.array([30, 10, 5, 2, 1, 2, 3, 2])), [12, 18]),
     # the same in two blocks, of one row and of two
     "split rows": (Grid(False, False, 6, np.array([30, 10, 5, 2, 2, 2, 3, 0])), [4, 4, 2, 8, 8, 4]),
     # 21 rows of 3 channels, eight of them folded into one; the last has 5 of 8

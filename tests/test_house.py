@@ -207,3 +207,20 @@ def test_no_tracked_file_is_ignored():
     )
     assert listed.returncode == 0, listed.stderr
     assert listed.stdout == ""
+
+
+ALLOCATE = {"empty", "zeros", "ones", "full", "empty_like", "zeros_like", "array", "arange", "copy", "concatenate"}
+
+
+@pytest.mark.parametrize("name", ["backward", "forward", "lanes", "leaves"])
+def test_leaves_allocate_nothing(name):
+    """Numba loses a MemoryError that is raised below a prange, and goes on with wrong values, or the process ends.
+
+    `points` is called before the prange.
+    """
+    tree = ast.parse((PACKAGE / "kernels" / f"{name}.py").read_text())
+    for f in tree.body:
+        if isinstance(f, ast.FunctionDef) and f.decorator_list:
+            leaf = {d.id for d in f.decorator_list if isinstance(d, ast.Name)} & {"exact", "elementwise", "reduction"}
+            called = {n.func.attr for n in ast.walk(f) if isinstance(n, ast.Call) and isinstance(n.func, ast.Attribute)}
+            assert not leaf or f.name == "points" or not called & ALLOCATE, f.name

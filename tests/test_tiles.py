@@ -22,6 +22,7 @@ def runs(outer, channels, inner, group, tiles):
 
 
 def rows(outer, channels, inner, fold, blocks, panel, fused=SPLIT):
+    """`fused` is the number of tiles."""
     panels = -(-channels // panel)
     row = channels * inner
     sizes = [outer * row, row * fold, channels, inner, blocks, panel, panels, fused]
@@ -39,6 +40,7 @@ GRIDS = [
     *(runs(2, 3, inner, 0, tiles) for inner in (8, 47, SEGMENT, SEGMENT + 1) for tiles in (1, 4, 16)),
     # Fused rows: strips of some channels, the last one narrower; odd rows and a tail beside whole lanes.
     *(rows(n, c, i, 1, 1, panel, FUSED) for n in (1, 2, 7, 9) for c, i in ((37, 1), (9, 4)) for panel in (4, 9, 37)),
+    *(rows(n, 37, 1, 1, 1, 4, tiles) for n in (2, 9) for tiles in (2, 3, 10)),
     # Rows so many that a pivot from the first of them may be far from the mean.
     *(rows(300, 3, inner, 1, 1, panel, FUSED) for inner in (9, 25) for panel in (2, 3)),
     rows(300, 3, 25, 1, 2, 3),

@@ -196,13 +196,13 @@ def tile_elements(grid):
             lengths = np.diff(np.append(np.arange(0, inner, SEGMENT), inner))
             parts = np.tile(lengths, outer * channels)
         return np.add.reduceat(parts, np.arange(tiles) * parts.size // tiles)
-    # A tile is a block of rows of a strip of columns. The last row may not be full: then there is one strip.
-    total, width, _, inner, blocks, panel, panels, _ = grid.sizes
+    # A tile is a few strips of columns, or a block of rows of a strip. The last row may not be full: then there is one.
+    total, width, _, inner, blocks, panel, panels, fused = grid.sizes
     rows = np.diff(np.arange(blocks + 1) * (total // width) // blocks)  # full ones
     columns = np.diff(np.append(np.arange(panels) * panel * inner, width))
     elements = np.outer(rows, columns).reshape(-1)
     elements[-1] += total % width
-    return elements
+    return np.add.reduceat(elements, np.arange(fused) * panels // fused) if fused else elements
 
 
 def busiest(elements, threads):

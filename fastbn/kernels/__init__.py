@@ -8,7 +8,7 @@ The contract of every kernel:
    the canonical view (outer, channel, inner); statistics and parameters are float64, packed as rows of one array.
 2. It writes its outputs and nothing else, and allocates nothing larger than a few numbers per channel and tile.
 3. A `prange` body holds index arithmetic and calls to serial leaves, nothing else: the same loop inside the `prange`
-   body ran at half the speed.
+   body ran at half the speed. Nothing below it allocates: Numba loses an exception that is raised there.
 4. Leaves walk flat arrays by positions, sixteen explicit lanes at a time, with a masked last piece (`lanes`): neither
    vectors nor the order of a sum are left to LLVM. Only the yardsticks loop as ``for i in range(run.size)`` over
    slices.

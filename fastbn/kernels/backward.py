@@ -17,7 +17,7 @@ and x twice, the second time from the end. dx may be dy.
 import numpy as np
 
 from .._jit import elementwise, exact, kernel, prange
-from .forward import FUSED, NO, ONE, SUMS, WRITE, ZERO, fold_columns, spread
+from .forward import APART, FUSED, NO, ONE, SUMS, WRITE, ZERO, fold_columns, spread, strip_room
 from .grid import AHEAD, SEGMENT, TERMS
 from .lanes import (
     LANES,
@@ -109,17 +109,16 @@ def few_rows_products(dy, x, i, rows, stride, width, centre, p, sums, s, q):
 
 
 @exact
-def block_products(dy, x, i, rows, stride, width, centre, p, sums, s, q):
+def block_products(dy, x, i, rows, stride, width, centre, p, sums, s, q, room, r):
     """The same for any number of rows, as `leaves.block_sums`."""
     compact()
-    room = np.empty(2 * width if rows > TERMS else 0)
     few_rows_products(dy, x, i, min(rows, TERMS), stride, width, centre, p, sums, s, q)
     for row in range(TERMS, rows, TERMS):
-        room[:] = 0.0
+        room[r : r + 2 * width] = 0.0
         few = min(TERMS, rows - row)
-        few_rows_products(dy, x, i + row * stride, few, stride, width, centre, p, room, ZERO, width)
-        add(sums, s, room, ZERO, width)
-        add(sums, q, room, width, width)
+        few_rows_products(dy, x, i + row * stride, few, stride, width, centre, p, room, r, r + width)
+        add(sums, s, room, r, width)
+        add(sums, q, room, r + width, width)
 
 
 @elementwise
@@ -277,13 +276,11 @@ def dx_coefficients(point, grads, count, first, number, k, frozen):
 
 
 @exact
-def fused_channels(first, last, dy, x, dx, point, count, grads, outer, channels, inner, group):
+def fused_channels(first, last, dy, x, dx, point, count, grads, outer, channels, inner, group, room, k):
     """Consecutive channels in groups, pipelined as in the forward: dx of one is written while the next is summed."""
     compact()
     stride = channels * inner
-    lanes = np.empty(2 * group * LANES)
-    sums = np.empty(4 * group)
-    k = np.empty(5 * group, dx.dtype)
+    sums, lanes = room[: 4 * group], room[4 * group :]
     for c in range(first - group, last, group):
         now, then = min(group, last - c), min(group, last - c - group)
         up = (c // group) % 2 != 0
@@ -331,8 +328,9 @@ def backward_runs(dy, x, dx, state, eps, count, grads, frozen, overwritten, size
     phase = FUSED if group > 0 else FROZEN if frozen else SUMS
     pieces = outer * -(-inner // SEGMENT)
     point = points(state, eps, count, overwritten)
+    room = np.empty((tiles if phase == FUSED else 0, (4 + 2 * LANES) * group + APART))
     part = np.empty(0 if phase == FUSED else pieces * 2 * channels)
-    k = np.empty(0 if phase == FUSED else 5 * channels, dx.dtype)
+    k = np.empty(tiles * (5 * group + APART) if phase == FUSED else 5 * channels, dx.dtype)
     if phase == FROZEN:
         dx_coefficients(point, grads, count, ZERO, channels, k, frozen)
     while True:
@@ -340,7 +338,8 @@ def backward_runs(dy, x, dx, state, eps, count, grads, frozen, overwritten, size
             if phase == FUSED:
                 first = np.intp(t) * groups // tiles * group
                 last = min((np.intp(t) + 1) * groups // tiles * group, channels)
-                fused_channels(first, last, dy, x, dx, point, count, grads, outer, channels, inner, group)
+                own, k_own = room[np.intp(t)], k[np.intp(t) * (5 * group + APART) :]
+                fused_channels(first, last, dy, x, dx, point, count, grads, outer, channels, inner, group, own, k_own)
             else:
                 tile = tiles - 1 - np.intp(t) if phase == WRITE else np.intp(t)  # the second pass goes back
                 segments_tile(phase, tile, dy, x, dx, part, point, k, channels, inner, tiles)
@@ -358,28 +357,31 @@ def backward_runs(dy, x, dx, state, eps, count, grads, frozen, overwritten, size
 
 
 @exact
-def fused_strip(first, last, dy, x, dx, point, count, grads, outer, stride, inner):
-    """All of a few channels: their sums, and while dy and x are in the cache, their dx."""
+def fused_strips(t, dy, x, dx, point, count, grads, sizes, room, k, k_columns):
+    """Some strips of a few channels each: their sums, and while dy and x are in the cache, their dx."""
     compact()
-    start, number = first * inner, last - first
-    width = number * inner
-    sums = np.empty(2 * number)
-    columns = np.empty(width)
-    part = np.zeros(2 * width)
-    k = np.empty(5 * number, dx.dtype)
-    k_columns = np.empty(5 * width, dx.dtype)
-    spread(point, first, number, inner, columns, ZERO, width)
-    block_products(dy, x, start, outer, stride, width, columns, ZERO, part, ZERO, width)
-    fold_columns(part, ONE, width, number, inner, sums)
-    finish_sums(sums, point, grads, first, number)
-    dx_coefficients(point, grads, count, first, number, k, NO)
-    for i in range(5):
-        spread(k, i * number, number, inner, k_columns, i * width, width)
-    dx_rows(dy, x, dx, start, outer, stride, width, k_columns, ZERO, width, 2 * width, 3 * width, 4 * width)
+    total, stride, channels, inner, _, panel, panels, tiles = sizes
+    outer, wide = total // stride, panel * inner
+    own = t * strip_room(panel, inner)
+    sums, columns = room[own : own + 2 * panel], room[own + 2 * panel :]
+    part, more = columns[wide:], columns[3 * wide :]
+    k, k_columns = k[t * (5 * panel + APART) :], k_columns[t * (5 * wide + APART) :]
+    for first in range(t * panels // tiles * panel, min((t + 1) * panels // tiles * panel, channels), panel):
+        start, number = first * inner, min(panel, channels - first)
+        width = number * inner
+        part[: 2 * width] = 0.0
+        spread(point, first, number, inner, columns, ZERO, width)
+        block_products(dy, x, start, outer, stride, width, columns, ZERO, part, ZERO, width, more, ZERO)
+        fold_columns(part, ONE, width, number, inner, sums)
+        finish_sums(sums, point, grads, first, number)
+        dx_coefficients(point, grads, count, first, number, k, NO)
+        for i in range(5):
+            spread(k, i * number, number, inner, k_columns, i * width, width)
+        dx_rows(dy, x, dx, start, outer, stride, width, k_columns, ZERO, width, 2 * width, 3 * width, 4 * width)
 
 
 @exact
-def rows_tile(phase, t, dy, x, dx, centres, part, k, sizes):
+def rows_tile(phase, t, dy, x, dx, centres, part, room, k, sizes):
     """A block of rows of a strip: its column sums, its dx, or both. `centres` and `k` are by column."""
     compact()
     total, width, _, inner, blocks, panel, panels, _ = sizes
@@ -396,7 +398,8 @@ def rows_tile(phase, t, dy, x, dx, centres, part, k, sizes):
         if rows * columns > 0:
             if phase != WRITE:
                 own = 2 * b * width + low
-                block_products(dy, x, i, rows, width, columns, centres, low, part, own, own + width)
+                at = 2 * (b * width + low)
+                block_products(dy, x, i, rows, width, columns, centres, low, part, own, own + width, room, at)
             if phase == FROZEN:  # centre and shift are 0
                 normalize_rows(dy, dx, i, rows, width, columns, k, centre, scale, shift)
             elif phase == WRITE:
@@ -407,16 +410,17 @@ def rows_tile(phase, t, dy, x, dx, centres, part, k, sizes):
 def backward_rows(dy, x, dx, state, eps, count, grads, frozen, overwritten, sizes):
     """Short inner runs. `sizes` is that of `grid`; a frozen backward takes the split one."""
     total, width, channels, inner, blocks, panel, panels, fused = sizes
-    phase = FUSED if fused else FROZEN if frozen else SUMS
-    tiles = blocks * panels
-    outer = total // (channels * inner)
+    phase = FUSED if fused > 0 else FROZEN if frozen else SUMS
+    tiles = fused if fused > 0 else blocks * panels
+    many = total // width // blocks >= TERMS  # rows of a block
+    room = np.empty(fused * strip_room(panel, inner) if fused > 0 else 2 * blocks * width if many else 0)
     point = points(state, eps, count, overwritten)
-    sums = np.empty(0 if fused else 2 * channels)
-    part = np.zeros(0 if fused else 2 * blocks * width)
-    columns = np.empty(0 if fused else width)
-    k = np.empty(0 if fused else 5 * channels, dx.dtype)
-    k_columns = np.empty(0 if fused else 5 * width, dx.dtype)
-    if not fused:
+    sums = np.empty(0 if fused > 0 else 2 * channels)
+    part = np.zeros(0 if fused > 0 else 2 * blocks * width)
+    columns = np.empty(0 if fused > 0 else width)
+    k = np.empty(fused * (5 * panel + APART) if fused > 0 else 5 * channels, dx.dtype)
+    k_columns = np.empty(fused * (5 * panel * inner + APART) if fused > 0 else 5 * width, dx.dtype)
+    if fused == 0:
         spread(point, ZERO, channels, inner, columns, ZERO, width)
     while True:
         if phase == WRITE or phase == FROZEN:
@@ -425,12 +429,10 @@ def backward_rows(dy, x, dx, state, eps, count, grads, frozen, overwritten, size
                 spread(k, i * channels, channels, inner, k_columns, i * width, width)
         for t in prange(tiles):
             if phase == FUSED:
-                first = np.intp(t) * panel
-                last = min(first + panel, channels)
-                fused_strip(first, last, dy, x, dx, point, count, grads, outer, channels * inner, inner)
+                fused_strips(np.intp(t), dy, x, dx, point, count, grads, sizes, room, k, k_columns)
             else:
                 tile = tiles - 1 - np.intp(t) if phase == WRITE else np.intp(t)  # the second pass goes back
-                rows_tile(phase, tile, dy, x, dx, columns, part, k_columns, sizes)
+                rows_tile(phase, tile, dy, x, dx, columns, part, room, k_columns, sizes)
         if phase == FUSED or phase == WRITE:
             break
         fold_columns(part, blocks, width, channels, inner, sums)

@@ -14,12 +14,13 @@ the cache still holds what was read last.
 import numpy as np
 
 from .._jit import exact, kernel, prange
-from .grid import SEGMENT
+from .grid import SEGMENT, TERMS
 from .lanes import LANES, apart, compact
 from .leaves import (
     add_up,
     affine,
     block_sums,
+    few_rows_sums,
     normalize_rows,
     normalize_run,
     run_sums,
@@ -32,6 +33,9 @@ FUSED, SUMS, WRITE = 0, 1, 2  # what a parallel region does with each of its til
 # Typed: for a literal in their place Numba would compile the called function once more.
 ZERO, ONE = np.intp(0), np.intp(1)
 NO = np.bool_(False)
+
+# Numbers between what two tiles write: two cache lines, which no two threads share.
+APART = 32
 
 PIVOT_RUN = 256  # elements of a long run whose mean is the pivot
 PIVOT_ROWS = 16  # values of a channel, taken from the first rows, for the same
@@ -51,7 +55,7 @@ def run_pivot(x, i, inner):
 
 
 @exact
-def fused_channels(first, last, x, y, state, eps, count, write, outer, channels, inner, group):
+def fused_channels(first, last, x, y, state, eps, count, write, outer, channels, inner, group, room, k):
     """Consecutive channels in groups, pipelined: y of one group is written, from the cache, while the next is summed.
 
     c = first - group    sums of the group at first
@@ -67,10 +71,7 @@ def fused_channels(first, last, x, y, state, eps, count, write, outer, channels,
     """
     compact()
     stride = channels * inner
-    lanes = np.empty(2 * group * LANES)
-    sums = np.empty(4 * group)
-    pivot = np.empty(group)
-    k = np.empty(3 * group, y.dtype)
+    pivot, sums, lanes = room[:group], room[group : 5 * group], room[5 * group :]
     for c in range(first - group, last, group):
         now, then = min(group, last - c), min(group, last - c - group)
         up = (c // group) % 2 != 0
@@ -116,9 +117,11 @@ def forward_runs(x, y, state, eps, count, measure, write, sizes):
     groups = -(-channels // group) if group > 0 else 0
     phase = FUSED if group > 0 else SUMS if measure else WRITE
     pieces = outer * -(-inner // SEGMENT)
+    # A tile allocates nothing: where that failed, Numba would lose the exception, and go on.
+    room = np.empty((tiles if phase == FUSED else 0, (5 + 2 * LANES) * group + APART))
     pivot = np.empty(channels if phase == SUMS else 0)
     part = np.empty(pieces * 2 * channels if phase == SUMS else 0)
-    k = np.empty(0 if phase == FUSED else 3 * channels, y.dtype)
+    k = np.empty(tiles * (3 * group + APART) if phase == FUSED else 3 * channels, y.dtype)
     if phase == SUMS:
         for c in range(channels):
             pivot[c] = run_pivot(x, c * inner, inner)
@@ -130,7 +133,8 @@ def forward_runs(x, y, state, eps, count, measure, write, sizes):
             if phase == FUSED:
                 first = np.intp(t) * groups // tiles * group
                 last = min((np.intp(t) + 1) * groups // tiles * group, channels)
-                fused_channels(first, last, x, y, state, eps, count, write, outer, channels, inner, group)
+                own, k_own = room[np.intp(t)], k[np.intp(t) * (3 * group + APART) :]
+                fused_channels(first, last, x, y, state, eps, count, write, outer, channels, inner, group, own, k_own)
             else:
                 tile = tiles - 1 - np.intp(t) if phase == WRITE and measure else np.intp(t)  # the second pass goes back
                 segments_tile(phase, tile, x, y, part, pivot, k, channels, inner, tiles)
@@ -180,54 +184,61 @@ def fold_columns(part, blocks, width, number, inner, sums):
 
 
 @exact
-def row_pivots(x, start, outer, stride, number, inner, pivot):
-    """The pivots of `number` channels: their means over the first rows, accurate for any offset."""
+def row_pivots(x, start, outer, stride, number, inner, pivot, columns, part, sums):
+    """The pivots of `number` channels: their means over the first rows, accurate for any offset.
+
+    `columns`, `part` and `sums` are room for as many numbers as in `fused_strips`.
+    """
     compact()
     rows = min(outer, -(-PIVOT_ROWS // inner))
     width = number * inner
-    columns = np.empty(width)
-    part = np.zeros(2 * width)
-    sums = np.empty(2 * number)
+    part[: 2 * width] = 0.0
     for c in range(number):
         pivot[c] = x[start + c * inner]
     spread(pivot, ZERO, number, inner, columns, ZERO, width)
-    block_sums(x, start, rows, stride, width, columns, ZERO, part, ZERO, width)
+    few_rows_sums(x, start, rows, stride, width, columns, ZERO, part, ZERO, width)
     fold_columns(part, ONE, width, number, inner, sums)
     for c in range(number):
         pivot[c] += sums[c] / (rows * inner)
 
 
 @exact
-def fused_strip(first, last, x, y, state, eps, count, measure, write, outer, stride, inner):
-    """All of a few channels: their statistics, and while they are in the cache, their y."""
+def fused_strips(t, x, y, state, eps, count, measure, write, sizes, room, k, k_columns):
+    """Some strips of a few channels each: all of their statistics, and while they are in the cache, their y."""
     compact()
-    start, number = first * inner, last - first
-    width = number * inner
-    if measure:
-        pivot = np.empty(number)
-        columns = np.empty(width)
-        sums = np.empty(2 * number)
-        part = np.empty(2 * width)
-        row_pivots(x, start, outer, stride, number, inner, pivot)
-        for attempt in range(2):
-            for j in range(2 * width):
-                part[j] = 0.0
-            spread(pivot, ZERO, number, inner, columns, ZERO, width)
-            block_sums(x, start, outer, stride, width, columns, ZERO, part, ZERO, width)
-            fold_columns(part, ONE, width, number, inner, sums)
-            if settle(sums, pivot, number, count, state, first, attempt == 1):
-                break
-    if write:
-        k = np.empty(3 * number, y.dtype)
-        k_columns = np.empty(3 * width, y.dtype)
-        affine(state, eps, count, first, number, k)
-        for i in range(3):
-            spread(k, i * number, number, inner, k_columns, i * width, width)
-        normalize_rows(x, y, start, outer, stride, width, k_columns, ZERO, width, 2 * width)
+    total, stride, channels, inner, _, panel, panels, tiles = sizes
+    outer, wide = total // stride, panel * inner
+    own = t * strip_room(panel, inner)
+    pivot, sums, columns = room[own : own + panel], room[own + panel : own + 3 * panel], room[own + 3 * panel :]
+    part, more = columns[wide:], columns[3 * wide :]
+    k, k_columns = k[t * (3 * panel + APART) :], k_columns[t * (3 * wide + APART) :]
+    for first in range(t * panels // tiles * panel, min((t + 1) * panels // tiles * panel, channels), panel):
+        start, number = first * inner, min(panel, channels - first)
+        width = number * inner
+        if measure:
+            row_pivots(x, start, outer, stride, number, inner, pivot, columns, part, sums)
+            for attempt in range(2):
+                part[: 2 * width] = 0.0
+                spread(pivot, ZERO, number, inner, columns, ZERO, width)
+                block_sums(x, start, outer, stride, width, columns, ZERO, part, ZERO, width, more, ZERO)
+                fold_columns(part, ONE, width, number, inner, sums)
+                if settle(sums, pivot, number, count, state, first, attempt == 1):
+                    break
+        if write:
+            affine(state, eps, count, first, number, k)
+            for i in range(3):
+                spread(k, i * number, number, inner, k_columns, i * width, width)
+            normalize_rows(x, y, start, outer, stride, width, k_columns, ZERO, width, 2 * width)
 
 
 @exact
-def rows_tile(phase, t, x, y, pivot, part, k, sizes):
+def strip_room(panel, inner):
+    """The numbers that a fused tile of rows needs: three for each channel of a strip, five for each column."""
+    return 3 * panel + 5 * panel * inner + APART
+
+
+@exact
+def rows_tile(phase, t, x, y, pivot, part, room, k, sizes):
     """A block of rows of a strip: its column sums, or its y. `pivot` and `k` are by column."""
     compact()
     total, width, _, inner, blocks, panel, panels, _ = sizes
@@ -242,7 +253,7 @@ def rows_tile(phase, t, x, y, pivot, part, k, sizes):
         columns = total - full * width if last else high - low  # the last row may not be full: then it is one strip
         if rows * columns > 0 and phase == SUMS:
             own = 2 * b * width + low
-            block_sums(x, i, rows, width, columns, pivot, low, part, own, own + width)
+            block_sums(x, i, rows, width, columns, pivot, low, part, own, own + width, room, 2 * (b * width + low))
         elif rows * columns > 0:
             normalize_rows(x, y, i, rows, width, columns, k, low, width + low, 2 * width + low)
 
@@ -251,20 +262,24 @@ def rows_tile(phase, t, x, y, pivot, part, k, sizes):
 def forward_rows(x, y, state, eps, count, measure, write, sizes):
     """Short inner runs. `sizes` is that of `grid`."""
     total, width, channels, inner, blocks, panel, panels, fused = sizes
-    phase = FUSED if fused else SUMS if measure else WRITE
-    tiles = blocks * panels
+    phase = FUSED if fused > 0 else SUMS if measure else WRITE
+    tiles = fused if fused > 0 else blocks * panels
     outer = total // (channels * inner)
+    many = total // width // blocks >= TERMS  # rows of a block
+    # A tile allocates nothing: where that failed, Numba would lose the exception, and go on.
+    room = np.empty(fused * strip_room(panel, inner) if fused > 0 else 2 * blocks * width if measure and many else 0)
     pivot = np.empty(channels if phase == SUMS else 0)
     sums = np.empty(2 * channels if phase == SUMS else 0)
     columns = np.empty(width if phase == SUMS else 0)
-    part = np.zeros(2 * blocks * width if phase == SUMS else 0)
-    k = np.empty(0 if phase == FUSED else 3 * channels, y.dtype)
-    k_columns = np.empty(0 if phase == FUSED else 3 * width, y.dtype)
+    part = np.empty(2 * blocks * width if phase == SUMS else 0)
+    k = np.empty(fused * (3 * panel + APART) if fused > 0 else 3 * channels, y.dtype)
+    k_columns = np.empty(fused * (3 * panel * inner + APART) if fused > 0 else 3 * width, y.dtype)
     if phase == SUMS:
-        row_pivots(x, ZERO, outer, channels * inner, channels, inner, pivot)
+        row_pivots(x, ZERO, outer, channels * inner, channels, inner, pivot, columns, part, sums)
     final = False
     while True:
         if phase == SUMS:
+            part[:] = 0.0
             spread(pivot, ZERO, channels, inner, columns, ZERO, width)
         elif phase == WRITE:
             affine(state, eps, count, ZERO, channels, k)
@@ -272,12 +287,10 @@ def forward_rows(x, y, state, eps, count, measure, write, sizes):
                 spread(k, i * channels, channels, inner, k_columns, i * width, width)
         for t in prange(tiles):
             if phase == FUSED:
-                first = np.intp(t) * panel
-                last = min(first + panel, channels)
-                fused_strip(first, last, x, y, state, eps, count, measure, write, outer, channels * inner, inner)
+                fused_strips(np.intp(t), x, y, state, eps, count, measure, write, sizes, room, k, k_columns)
             else:
                 tile = tiles - 1 - np.intp(t) if phase == WRITE and measure else np.intp(t)  # the second pass goes back
-                rows_tile(phase, tile, x, y, columns, part, k_columns, sizes)
+                rows_tile(phase, tile, x, y, columns, part, room, k_columns, sizes)
         if phase != SUMS:
             break
         fold_columns(part, blocks, width, channels, inner, sums)
@@ -285,7 +298,4 @@ def forward_rows(x, y, state, eps, count, measure, write, sizes):
             if not write:
                 break
             phase = WRITE
-        else:
-            final = True
-            for i in range(part.size):
-                part[i] = 0.0
+        final = True

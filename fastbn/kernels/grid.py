@@ -79,7 +79,7 @@ class Grid(NamedTuple):
     `sizes` is an array because that is the cheapest type to hand to Numba:
 
     runs: outer, channels, inner, channels per group (0: split), tiles
-    rows: elements, columns of a folded row, channels, inner, blocks of rows, channels per strip, strips, fused
+    rows: elements, columns of a folded row, channels, inner, blocks of rows, channels per strip, strips, fused tiles
     """
 
     runs: bool
@@ -116,8 +116,9 @@ def fused_grid(outer: int, channels: int, inner: int, itemsize: int, threads: in
     if outer > FUSED_ROWS or outer * panel * inner * itemsize > FUSED_ROWS_BYTES:
         return None
     panels = _ceil(channels, panel)
+    tiles = min(panels, threads)
     total, row = outer * channels * inner, channels * inner
-    return Grid(False, True, panels, np.array([total, row, channels, inner, 1, panel, panels, 1], np.int64))
+    return Grid(False, True, tiles, np.array([total, row, channels, inner, 1, panel, panels, tiles], np.int64))
 
 
 def split_grid(outer: int, channels: int, inner: int, itemsize: int) -> Grid:

@@ -117,17 +117,19 @@ def few_rows_sums(x, i, rows, stride, width, pivot, p, sums, s, q):
 
 
 @exact
-def block_sums(x, i, rows, stride, width, pivot, p, sums, s, q):
-    """The same for any number of rows, TERMS at a time; sums[s] and sums[q] are 0 before."""
+def block_sums(x, i, rows, stride, width, pivot, p, sums, s, q, room, r):
+    """The same for any number of rows, TERMS at a time; sums[s] and sums[q] are 0 before.
+
+    From room[r] on there is room for 2 * `width` sums, if there are more than TERMS rows.
+    """
     compact()
-    room = np.empty(2 * width if rows > TERMS else 0)
     few_rows_sums(x, i, min(rows, TERMS), stride, width, pivot, p, sums, s, q)
     for row in range(TERMS, rows, TERMS):
-        room[:] = 0.0
+        room[r : r + 2 * width] = 0.0
         few = min(TERMS, rows - row)
-        few_rows_sums(x, i + row * stride, few, stride, width, pivot, p, room, np.intp(0), width)
-        add(sums, s, room, np.intp(0), width)
-        add(sums, q, room, width, width)
+        few_rows_sums(x, i + row * stride, few, stride, width, pivot, p, room, r, r + width)
+        add(sums, s, room, r, width)
+        add(sums, q, room, r + width, width)
 
 
 @elementwise

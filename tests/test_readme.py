@@ -35,3 +35,19 @@ def test_commands_are_the_ones_ci_runs(command):
 def test_links_lead_somewhere():
     for target in re.findall(r"\]\((?!http)([^)#]+)", README.read_text()):
         assert (README.parent / target).exists(), target
+
+
+RELIABILITY = README.parent / "docs" / "explanation" / "reliability.md"
+
+
+@pytest.mark.parametrize(
+    "command", sorted(set(re.findall(r"`([^`]*(?:pytest|python) [^`]*)`", RELIABILITY.read_text())))
+)
+def test_the_commands_behind_a_promise_find_their_tests(command):
+    """Files exist, and each word of -k is in the name of a test there."""
+    for path in re.findall(r"\S+\.py", command):
+        assert (README.parent / path).exists(), path
+    words = re.search(r' -k ("[^"]*"|\S+)', command)
+    for word in re.findall(r"\w+", words[1]) if words else ():
+        text = "".join((README.parent / path).read_text() for path in re.findall(r"\S+\.py", command))
+        assert word in ("or", "and", "not") or re.search(rf"def test_\w*{word}", text), word

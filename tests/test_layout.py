@@ -106,8 +106,9 @@ def test_nhwc_memory_seen_as_nchw_is_not_copied(rng):
         lambda: fastbn.batch_norm_backward(y, saved, out=dx),
         lambda: fastbn.moments(x),
     ]
+    # Partial sums: at most 32 bytes in a column for each 64 rows of 4 bytes, an eighth of x.
     for i, call in enumerate(calls):
-        assert peak(call) < x.nbytes / 8, i
+        assert peak(call) < x.nbytes / 7, i
     strided = np.empty((*x.shape[:3], 2 * x.shape[3]), "float32")[..., ::2]
     assert peak(lambda: fastbn.moments(strided)) >= x.nbytes  # such a copy would have been seen
 

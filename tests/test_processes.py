@@ -219,7 +219,8 @@ def test_pools_of_processes(method, tmp_path):
         pytest.skip(f"this system cannot start processes by {method}")
     script = tmp_path / "pools.py"
     script.write_text(POOLS)
-    assert run_python(str(script), method, NUMBA_NUM_THREADS="2", quiet=True) == "done\n"
+    quiet = method != "forkserver"  # whose resource tracker at times cannot find the semaphores it calls leaked
+    assert run_python(str(script), method, NUMBA_NUM_THREADS="2", quiet=quiet) == "done\n"
 
 
 def test_workers_of_joblib(tmp_path):

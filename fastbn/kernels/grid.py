@@ -134,7 +134,7 @@ def split_grid(outer: int, channels: int, inner: int, itemsize: int) -> Grid:
     panels = _ceil(channels, panel)
     rows = _ceil(outer, fold)
     width = row * fold
-    # A partial result takes 16 bytes per column and block: at least 64 rows keep that small beside the block itself.
+    # A partial result takes 32 bytes per column and block: at least 64 rows keep that small beside the block itself.
     columns = min(width, panel * inner * fold)
     blocks = _even(min(rows // 64, rows * columns * itemsize // TILE_BYTES))
     total = outer * row

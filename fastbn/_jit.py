@@ -34,6 +34,7 @@ except ValueError:  # Numba says that a number of threads is wrong, but not wher
     if threads.strip().lstrip("-").isdigit() and int(threads) < 1:
         raise ValueError(f"the environment variable NUMBA_NUM_THREADS is {threads!r}, expected at least 1") from None
     raise
+import llvmlite
 from numba import config, njit, prange
 from numba.core.caching import NullCache
 from numba.core.compiler import CompileResult
@@ -145,7 +146,9 @@ class _Cache(NullCache):  # type: ignore[misc]
         """Named by what decides the machine code: source, build, types, CPU, versions, and what Numba was told."""
         python = sys.implementation.cache_tag, getattr(sys, "abiflags", "")
         told = config.OPT, config.BOUNDSCHECK
-        key = repr((signature, codegen.magic_tuple(), numba.__version__, np.__version__, python, told))
+        key = repr(
+            (signature, codegen.magic_tuple(), numba.__version__, llvmlite.__version__, np.__version__, python, told)
+        )
         return f"{self.name.rpartition('.')[2]}.{hashlib.sha256((self.name + key).encode()).hexdigest()[:16]}.nbc"
 
     def load_overload(self, signature: Any, context: Any) -> Any:

@@ -48,18 +48,18 @@ def run(kernel: "Kernel", size: int, *args: Any) -> None:
     else:
         with _compiler_lock():  # NumPy and Numba import more modules on the way, and a fork must wait for that
             load_tbb()  # in time for the user's own parallel loops, too
-            _run(kernel, size, args)
+            _run(kernel, size, args, first=True)
         _loaded = True
 
 
-def _run(kernel: "Kernel", size: int, args: tuple[Any, ...]) -> None:
+def _run(kernel: "Kernel", size: int, args: tuple[Any, ...], first: bool = False) -> None:
     wanted = planned_threads(size)
     layer = None if wanted == 1 else _layer or _start()
     if layer is None:
         kernel.serial(*args)
     elif layer != "workqueue":
         _parallel(kernel, args, wanted)
-    elif _region.locked():  # it bears one region at a time
+    elif first or _region.locked():  # it bears one region at a time; who holds the compiler's lock waits for none
         kernel.serial(*args)
     else:
         with _region:  # not acquire() and try: Ctrl-C between the two would leave it locked
@@ -274,8 +274,9 @@ def _before_fork() -> None:
     handlers run in reverse order, so that ours comes before it.
     """
     _wait_for_imports()  # may be that of Numba, which brings the lock
-    lock = _forking[threading.get_ident()] = _compiler_lock()
+    lock = _compiler_lock()
     lock.__enter__()
+    _forking[threading.get_ident()] = lock
     _wait_for_imports()  # that have begun since
 
 
@@ -287,7 +288,8 @@ def _wait_for_imports() -> None:
 
 
 def _fork_done() -> None:
-    _forking.pop(threading.get_ident()).__exit__(None, None, None)
+    if lock := _forking.pop(threading.get_ident(), None):  # none if Ctrl-C came before it
+        lock.__exit__(None, None, None)
 
 
 _IMPORTED_LATE = {__package__, "numba", "llvmlite", "numpy"}  # by the first call

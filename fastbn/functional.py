@@ -227,6 +227,10 @@ def batch_norm_backward(dy: npt.ArrayLike, saved: "Saved", *, out: Array | None 
             f"{fn}: saved is of type {type(saved).__name__}, expected the Saved that batch_norm_train returned"
         )
     x, lay = saved.x, saved._layout
+    if _form(x) != saved._seen:  # NumPy lets shape and dtype be set
+        raise ValueError(
+            f"{fn}: saved.x is {_form(x)}, expected {saved._seen} as in the forward: (shape, strides, dtype)"
+        )
     dtype = _check.result_dtype(x)
     dy = _check.gradient(fn, dy, x.shape)
     if out is not None:
@@ -256,7 +260,7 @@ class Saved:
     Attributes
     ----------
     x : array
-        The input, not a copy (the output, if it was computed in place).
+        The input, not a copy (the output, if it was computed in place). It cannot be replaced.
     mean, var : (C,) float64 array
         The statistics that normalized x; var is divided by n.
     moments : Moments
@@ -267,13 +271,14 @@ class Saved:
         Whether the statistics were given, not computed from x.
     """
 
-    __slots__ = ("_dtypes", "_layout", "_overwritten", "_state", "eps", "frozen", "x")
+    __slots__ = ("_dtypes", "_layout", "_overwritten", "_seen", "_state", "_x", "eps", "frozen")
 
     def __init__(
         self, x: Array, lay: Layout, state: Array, eps: float, *,
         dtypes: tuple[np.dtype[Any], np.dtype[Any]], frozen: bool, overwritten: bool,
     ) -> None:  # fmt: skip
-        self.x, self._layout, self._state, self.eps = x, lay, state, eps
+        self._x, self._layout, self._state, self.eps = x, lay, state, eps
+        self._seen = _form(x)
         self._dtypes, self.frozen, self._overwritten = dtypes, frozen, overwritten
 
     @classmethod
@@ -311,6 +316,11 @@ class Saved:
             x, lay, state, _check.eps(fn, eps),
             dtypes=(_dtype_of(gamma, dtype), _dtype_of(beta, dtype)), frozen=True, overwritten=False,
         )  # fmt: skip
+
+    @property
+    def x(self) -> Array:
+        """The input, not a copy (the output, if it was computed in place)."""
+        return self._x
 
     @property
     def count(self) -> int:
@@ -351,6 +361,10 @@ class Saved:
     def _divisor(self) -> float:
         # A forward leaves m2 in the second row of the state; where the statistics were given it is the variance.
         return 1.0 if self.frozen else float(max(self.count, 1))
+
+
+def _form(x: Array) -> tuple[Any, ...]:
+    return x.shape, x.strides, x.dtype.str
 
 
 def _parameters(fn: str, gamma: Any, beta: Any, lay: Layout, of: _check.Of) -> tuple[Array | None, Array | None]:

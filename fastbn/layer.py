@@ -148,6 +148,9 @@ class BatchNorm:
             tracks = self.training and self.track_running_stats
             if tracks:
                 mean, var = self._writable(fn)
+                if isinstance(out, np.ndarray):
+                    _check.apart(fn, "out", out, "running_mean", mean)
+                    _check.apart(fn, "out", out, "running_var", var)
             y, saved = batch_norm_train(x, self.gamma, self.beta, axis=self.axis, eps=self.eps, out=out)
             kept = saved if save else None
             if tracks and saved.count:
@@ -357,6 +360,7 @@ class BatchNorm:
         mean = _check.statistic(fn, "running_mean", self.running_mean, self.channels)
         var = _check.statistic(fn, "running_var", self.running_var, self.channels)
         _check.apart(fn, "running_mean", mean, "running_var", var)
+        _check.count(fn, "num_batches_tracked", self.num_batches_tracked)
         return mean, var
 
     def _after(self, mean: Array, var: Array, saved: Saved) -> tuple[tuple[Array, Array], Moments]:

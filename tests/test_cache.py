@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import llvmlite
 import numba
 import numpy as np
 import pytest
@@ -192,7 +193,8 @@ def test_a_file_is_named_by_all_that_decides_its_code(monkeypatch):
 
     names = [name(), name("kernels.forward.rows_parallel_0123"), name("kernels.backward.rows_serial_0123"),
              name(types=("float64",)), name(cpu="there")]  # fmt: skip
-    for where, attribute, value in [(numba, "__version__", "99"), (np, "__version__", "99"),
+    for where, attribute, value in [(numba, "__version__", "99"), (llvmlite, "__version__", "99"),
+                                    (np, "__version__", "99"),
                                     (sys, "abiflags", "d"), (numba.config, "OPT", 0),
                                     (numba.config, "BOUNDSCHECK", 1)]:  # fmt: skip
         with monkeypatch.context() as patch:

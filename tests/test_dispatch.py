@@ -112,9 +112,18 @@ def test_the_first_call_loads_tbb_and_the_first_region_starts_it(kernel, numba):
 
 
 @pytest.mark.parametrize("layer", ["workqueue", "tbb", "omp"])
+def test_the_very_first_call_waits_for_no_region(kernel, numba, layer):
+    """It holds the compiler's lock, which who is in the one region of workqueue may be waiting for."""
+    numba.layer = layer
+    assert run(kernel) == ("serial" if layer == "workqueue" else "parallel on 4")
+    assert run(kernel) == "parallel on 4"
+
+
+@pytest.mark.parametrize("layer", ["workqueue", "tbb", "omp"])
 def test_threads_that_others_have_started(kernel, numba, layer):
     """It is not known by which thread."""
     numba.layer = layer
+    run(kernel)
     assert run(kernel) == "parallel on 4"
     assert (_threads._layer, _threads._starter) == (layer, None)
 
@@ -158,6 +167,7 @@ def test_while_another_thread_is_in_a_region(kernel, monkeypatch, layer):
 @pytest.mark.parametrize("limit", [None, 2])
 def test_an_exception_in_a_region_leaves_nothing_behind(kernel, numba, monkeypatch, layer, limit):
     monkeypatch.setattr(_threads, "_layer", layer)
+    monkeypatch.setattr(_threads, "_loaded", True)
     _threads.set_num_threads(limit)
 
     def interrupt():

@@ -1,5 +1,7 @@
 """Refusals of good values that do not go together, and what they say; the grid of bad values: test_bad_calls."""
 
+import warnings
+
 import numpy as np
 import pytest
 from refusals import refused
@@ -98,3 +100,27 @@ def test_a_correction_may_be_any_number_that_is_0_or_1(one):
     assert (found, type(found)) == (1, int)
     found = _check.correction("fn", one - 1)
     assert (found, type(found)) == (0, int)
+
+
+def test_what_a_forward_saved_cannot_be_exchanged():
+    """The kernels go by the sizes that x had."""
+    a = x()
+    _, saved = fastbn.batch_norm_train(a)
+    with pytest.raises(AttributeError):
+        saved.x = a[:2].copy()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # NumPy deprecates it
+        a.shape = (2, 6, 5)
+    with pytest.raises(ValueError, match=r"^batch_norm_backward: saved.x is .*\(2, 6, 5\).*, expected .*\(4, 3, 5\)"):
+        fastbn.batch_norm_backward(np.ones((2, 6, 5)), saved)
+
+
+def test_a_layer_refuses_to_write_over_its_statistics():
+    bn, memory = fastbn.BatchNorm(5), np.zeros((4, 5), "float32")
+    bn.running_mean = memory[0]
+    with pytest.raises(ValueError, match=r"^BatchNorm: out shares memory with running_mean, expected"):
+        bn(np.ones((4, 5), "float32"), out=memory)
+    bn.running_mean, bn.num_batches_tracked = np.zeros(5, "float32"), None
+    with pytest.raises(TypeError, match=r"^BatchNorm: num_batches_tracked is None, expected an int"):
+        bn(np.ones((4, 5), "float32"), out=memory)
+    assert not memory.any()

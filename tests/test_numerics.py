@@ -413,3 +413,24 @@ def test_integers_that_float32_cannot_hold():
     y, saved = fastbn.batch_norm_train(x, eps=0)
     assert (saved.mean[0], saved.var[0]) == (2**31 - 2, 1)
     np.testing.assert_array_equal(y, [[1], [-1]] * 8)
+
+
+@pytest.mark.parametrize("eps", [1e-80, float(np.finfo("float64").tiny)])
+def test_a_constant_channel_whose_scale_is_beyond_float32(eps):
+    x = np.full((6, 2), 3, "float32")
+    np.testing.assert_array_equal(fastbn.batch_norm_train(x, [2.0, 3.0], [4.0, 5.0], eps=eps)[0], [[4, 5]] * 6)
+    np.testing.assert_array_equal(fastbn.batch_norm(x, 3.0, 0.0, eps=eps), 0)
+
+
+@pytest.mark.parametrize("inner", [32, 33, 49])
+def test_a_pivot_that_is_just_good_enough(inner):
+    """The first sample is nearly as far from the mean as a pivot may be, and terms round the same way."""
+    for seed in range(40):
+        rng = np.random.default_rng(seed)
+        a, r = rng.uniform(1, 2), rng.uniform(1.6, 2.7)
+        x = np.full((400, 8, inner), a * (1 - 1 / r))
+        x[200:], x[0] = a * (1 + 1 / r), 0
+        mean, var = exact.moments(x[:, 0])
+        m = fastbn.moments(x)
+        assert exact.digits(m.mean[0], mean) <= 1e-14, seed
+        assert exact.digits(m.var()[0], var) <= 1e-14, seed

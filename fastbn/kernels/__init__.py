@@ -13,8 +13,8 @@ The contract of every kernel:
    vectors nor the order of a sum are left to LLVM. Only the yardsticks loop as ``for i in range(run.size)`` over
    slices.
 5. Which numbers are summed together depends on the shape alone; partial sums, and the sixteen lanes of each (`lanes`),
-   are added in a fixed order: the bits do not depend on the number of threads, nor on serial or parallel. No more than
-   TERMS numbers are added one after another (`grid`): that bounds the rounding error.
+   are added in a fixed order: the bits do not depend on the number of threads, nor on serial or parallel. Some TERMS
+   numbers at a time are added one after another (`grid`): that bounds the rounding error.
 6. Sums start at ``np.float64(0.0)``, so that the plain Python function computes the same.
 
 The submodules load on first use, because they import Numba.

@@ -149,7 +149,7 @@ def sum_group(dy, x, dx, i, j, outer, stride, inner, up, write, k5, point, first
     sums[:] = 0.0
     for c in range(2 * group):
         store(lanes, c * LANES, zeros())
-    often = max(1, PIECE // inner)  # samples, after which the lanes are added up
+    often = max(1, TERMS // -(-inner // LANES))  # samples, after which the lanes are added up
     for m in range(outer):
         n = m if up else outer - 1 - m
         a, b = i + n * stride, j + n * stride

@@ -38,8 +38,8 @@ from .lanes import (
 # Elements whose sum, in sixteen lanes of TERMS terms each, is one term of the sum above it.
 PIECE = TERMS * LANES
 
-# Past this share of q, s**2 / n has cancelled three bits of m2.
-CANCELLED = 0.875
+# Past this share of q, s**2 / n has cancelled two bits of m2.
+CANCELLED = 0.75
 
 
 @elementwise
@@ -209,6 +209,9 @@ def affine(state, eps, count, first, number, k):
         scale = gamma * inverse_std(state[1, first + i] / count, eps)
         k[i] = mean
         k[number + i] = scale
+        if state[1, first + i] == 0.0 and np.isinf(k[number + i]):  # 0 * inf would be NaN
+            scale = np.float64(0.0)
+            k[number + i] = scale
         k[2 * number + i] = beta + (k[i] - mean) * scale
 
 
@@ -243,7 +246,7 @@ def sum_group(x, y, i, j, outer, stride, inner, up, write, k3, pivot, group, lan
     sums[:] = 0.0
     for c in range(2 * group):
         store(lanes, c * LANES, zeros())
-    often = max(1, PIECE // inner)  # samples, after which the lanes are added up
+    often = max(1, TERMS // -(-inner // LANES))  # samples, after which the lanes are added up
     for m in range(outer):
         n = m if up else outer - 1 - m
         a, b = i + n * stride, j + n * stride

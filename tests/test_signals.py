@@ -182,14 +182,14 @@ signal.signal(signal.SIGALRM, signal.default_int_handler)  # what Ctrl-C runs
 random.seed(0)
 
 def interrupt(delay, call):
-    "A KeyboardInterrupt, surely: in the call or after it."
+    "A KeyboardInterrupt, surely: in the call or after it. Python drops one that comes in a __del__: then the next."
     try:
-        signal.setitimer(signal.ITIMER_REAL, delay)
+        signal.setitimer(signal.ITIMER_REAL, delay, 0.5)
         call()
         while True:
             pass
     except KeyboardInterrupt:
-        return
+        signal.setitimer(signal.ITIMER_REAL, 0)
 
 for rounds, shape in ((400, (8, C, 3, 3)), (100, (64, C, 128, 64))):
     x = rng.normal(3, 2, shape).astype("float32")
@@ -235,6 +235,7 @@ POOL = """
 import multiprocessing, os, signal, sys
 import numpy as np
 import fastbn
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs start without
 
 def work(seed):
     x = np.random.default_rng(seed).normal(size=(4, 16, 40, 40)).astype("float32")
@@ -256,8 +257,10 @@ if __name__ == "__main__":
 """
 
 FOREVER = """
+import signal
 import numpy as np
 import fastbn
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs start without
 bn, x = fastbn.BatchNorm(64), np.ones((16, 64, 56, 56), "float32")
 bn(x)
 print("working", flush=True)

@@ -394,3 +394,9 @@ def test_an_import_of_numba_that_fails_is_told_in_its_own_words(monkeypatch):
     monkeypatch.setattr(builtins, "__import__", fail)
     with pytest.raises(ValueError, match=r"^the settings are wrong$"):
         _threads._numba()
+
+
+def test_a_fork_that_ctrl_c_cut_short_has_no_lock_to_give_back():
+    before = dict(_threads._forking)
+    _threads._fork_done()
+    assert _threads._forking == before

@@ -205,3 +205,10 @@ def test_what_saved_says():
     np.testing.assert_array_equal(m.var(), [1, 2, 3])
     m.mean[:] = 7  # a value of its own
     np.testing.assert_array_equal(fixed.mean, [0, 1, 2])
+
+
+@pytest.mark.parametrize("eps", [1e-80, float(np.finfo("float64").tiny)])
+def test_a_constant_channel_whose_scale_is_beyond_float32(eps):
+    x = np.full((6, 2), 3, "float32")
+    np.testing.assert_array_equal(fastbn.batch_norm_train(x, [2.0, 3.0], [4.0, 5.0], eps=eps)[0], [[4, 5]] * 6)
+    np.testing.assert_array_equal(fastbn.batch_norm(x, 3.0, 0.0, eps=eps), 0)

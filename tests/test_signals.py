@@ -291,7 +291,8 @@ def test_a_timer_interrupts_calls():
 def test_interrupted_compilations(tmp_path):
     """The next call compiles again; no part of a file is left in the cache."""
     run_script(COMPILING, NUMBA_CACHE_DIR=str(tmp_path))
-    assert [p.suffix for p in tmp_path.rglob("*") if p.is_file()] == [".nbc"]
+    # None if the last interrupt came when all was compiled and not yet stored.
+    assert [p.suffix for p in tmp_path.rglob("*") if p.is_file()] in ([], [".nbc"])
 
 
 def started(source):

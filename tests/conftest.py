@@ -36,7 +36,7 @@ os.environ["NUMBA_CACHE_DIR"] = str(folder)
 import numpy as np  # noqa: E402
 from hypothesis import settings  # noqa: E402
 from hypothesis.configuration import set_hypothesis_home_dir  # noqa: E402
-from strategies import EXAMPLES  # noqa: E402
+from strategies import EXAMPLES, PROFILE  # noqa: E402
 
 JIT = os.environ.get("NUMBA_DISABLE_JIT", "0") == "0"
 
@@ -54,7 +54,7 @@ settings.register_profile("default", EVERY, max_examples=25, derandomize=True)
 settings.register_profile("ci", EVERY, max_examples=750, derandomize=True)
 # New examples every time. How many: FASTBN_EXAMPLES=100000 pytest ...
 settings.register_profile("soak", EVERY, max_examples=int(os.environ.get("FASTBN_EXAMPLES", "10000")))
-settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
+settings.load_profile(PROFILE)
 
 
 def pytest_terminal_summary(terminalreporter):

@@ -6,6 +6,7 @@ from its seed.
 
 import functools
 import math
+import os
 from collections import Counter
 from dataclasses import dataclass
 
@@ -17,6 +18,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastbn.kernels.grid import FOLD, RUN, SEGMENT, STRIP
+
+PROFILE = os.environ.get("HYPOTHESIS_PROFILE", "default")
+"""How much Hypothesis tries: one of those that conftest.py registers."""
 
 EXAMPLES = Counter()
 """How many examples of each property ran to their end."""

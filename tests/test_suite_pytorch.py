@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 import reference
 from arrays import FLOATS
+from hypothesis import settings
+from strategies import PROFILE
 
 import fastbn
 
@@ -42,6 +44,8 @@ def cases(listed):
             found = list(listed())
     except Exception as error:  # these modules are private: they may move, or need what is not installed (expecttest)
         return [skipped(f"PyTorch's samples cannot be had: {error!r}", id="none")]
+    finally:
+        settings.load_profile(PROFILE)  # these modules load one of their own, another one where CI is set
     return found or [skipped("PyTorch has no such samples", id="none")]
 
 

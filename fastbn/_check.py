@@ -198,8 +198,8 @@ def parameter(fn: str, name: str, value: Any, shape: tuple[int, ...], of: Of = "
     return a
 
 
-def _shape(fn: str, name: str, found: tuple[int, ...], shape: tuple[int, ...], of: Of) -> None:
-    if found not in (shape, ()):
+def _shape(fn: str, name: str, found: tuple[int, ...], shape: tuple[int, ...], of: Of, *other: tuple[int, ...]) -> None:
+    if found not in (shape, (), *other):
         raise ValueError(f"{fn}: {name} has shape {found}, expected {shape}{_origin(of)}")
 
 
@@ -213,9 +213,13 @@ def variance(fn: str, name: str, value: Any, shape: tuple[int, ...], of: Of = ""
 def not_negative(fn: str, name: str, a: Array) -> None:
     """A variance or a sum of squares, NaN where it is unknown."""
     if np.count_nonzero(a < 0):  # quicker than any()
-        where = np.unravel_index(int(np.argmax(a < 0)), a.shape)
-        at = f" at {tuple(int(i) for i in where)}" if a.ndim else ""
-        raise ValueError(f"{fn}: {name} is {a[where]}{at}, expected no negative value")
+        raise ValueError(f"{fn}: {name} is {_first(a, a < 0)}, expected no negative value")
+
+
+def _first(a: Array, bad: Array) -> str:
+    """The first bad value of an array as a message shows it, with its place."""
+    where = np.unravel_index(int(np.argmax(bad)), a.shape)
+    return f"{a[where]} at {tuple(int(i) for i in where)}" if a.ndim else f"{a[where]}"
 
 
 def no_zero(fn: str, gamma: Array) -> None:
@@ -395,20 +399,20 @@ def keys(fn: str, state: Any, required: list[str], optional: list[str]) -> set[s
     return set(found)
 
 
-def entry(fn: str, state: Any, name: str, shape: tuple[int, ...], of: Of) -> Any:
-    """One value of a state, whose shape, as far as it is known without reading it, is `shape` or ()."""
+def entry(fn: str, state: Any, name: str, shape: tuple[int, ...], of: Of, *other: tuple[int, ...]) -> Any:
+    """One value of a state, whose shape, as far as it is known without reading it, is `shape`, () or an `other`."""
     if isinstance(state, np.lib.npyio.NpzFile):
-        return _unpacked(fn, state.zip, name, shape, of)
+        return _unpacked(fn, state.zip, name, shape, of, *other)
     try:
         value = state[name]
     except KeyError:
         raise ValueError(f"{fn}: state has no {name}, though it is among its keys") from None
     if isinstance(claimed := getattr(value, "shape", None), tuple):
-        _shape(fn, name, claimed, shape, of)
+        _shape(fn, name, claimed, shape, of, *other)
     return value
 
 
-def _unpacked(fn: str, archive: Any, name: str, shape: tuple[int, ...], of: Of) -> Array:
+def _unpacked(fn: str, archive: Any, name: str, shape: tuple[int, ...], of: Of, *other: tuple[int, ...]) -> Array:
     """An array of an .npz file. Its header comes first: it may claim any size, or objects to be unpickled."""
     form = np.lib.format
     with _readable(fn, name):
@@ -418,7 +422,7 @@ def _unpacked(fn: str, archive: Any, name: str, shape: tuple[int, ...], of: Of) 
             if form.read_magic(file) != (1, 0):  # the later ones are for structured dtypes, and for longer headers
                 raise ValueError("it is not in version 1.0 of the .npy format")
             found, _, dtype = form.read_array_header_1_0(file)
-        _shape(fn, name, found, shape, of)
+        _shape(fn, name, found, shape, of, *other)
         _numeric(fn, name, dtype)
         with _readable(fn, name):
             file.seek(0)
@@ -434,14 +438,44 @@ def _readable(fn: str, name: str) -> Iterator[None]:
         raise ValueError(f"{fn}: {name} cannot be read from its file: {error}") from error
 
 
-def count(fn: str, name: str, value: Any) -> int:
+def count(fn: str, name: str, value: Any, expected: str = "an int") -> int:
     """A count: an integer of 63 bits, 0 or more (an integer array of one element counts as its element)."""
     if isinstance(value, np.ndarray) and value.size == 1 and value.dtype.kind in "iu":
         value = value.item()
     try:
         n = index(value)
     except TypeError:
-        raise TypeError(f"{fn}: {name} is {shown(value)}, expected an int") from None
+        raise TypeError(f"{fn}: {name} is {shown(value)}, expected {expected}") from None
     if not 0 <= n <= MOST:
         raise ValueError(f"{fn}: {name} is {shown(n)}, expected 0 to {MOST}")
     return n
+
+
+def count_or_weights(fn: str, name: str, value: Any, shape: tuple[int, ...], of: Of) -> int | Array:
+    """How many values the channels have: a count of all of them, or a copy of the total weight of each, in float64."""
+    expected = f"an int, or an array of the total weights of channels of shape {shape}"
+    if not isinstance(value, (np.ndarray, np.floating)):  # the latter is what arithmetic makes of an array without axes
+        return count(fn, name, value, expected)
+    if isinstance(value, np.ma.MaskedArray):
+        raise TypeError(f"{fn}: {name} is a masked array, expected {expected}")
+    if value.size == 1 and value.dtype.kind in "iu":
+        return count(fn, name, value)
+    if value.dtype.kind == "b" or not _supported(value.dtype):
+        raise TypeError(f"{fn}: {name} has dtype {value.dtype}, expected {expected}")
+    if value.shape != shape:
+        raise ValueError(f"{fn}: {name} has shape {value.shape}, expected {shape}{_origin(of)}")
+    with np.errstate(all="ignore"):
+        weights = np.array(value, np.float64)
+        bad = ~((weights >= 0) & (weights < np.inf))
+    if bad.any():
+        raise ValueError(f"{fn}: {name} is {_first(weights, bad)}, expected finite weights of at least 0")
+    return weights
+
+
+def enough(fn: str, name: str, n: int | Array, correction: int) -> None:
+    """More values, or more weight, than the correction takes off, in every channel that has any."""
+    if isinstance(n, int):
+        if n <= correction:
+            raise ValueError(f"{fn}: {name} is {n}, expected at least 2 with correction=1")
+    elif (few := (n > 0) & (n <= correction)).any():
+        raise ValueError(f"{fn}: {name} is {_first(n, few)}, expected 0 or more than 1 with correction=1")

@@ -8,7 +8,7 @@ import numpy.typing as npt
 
 from . import _check
 from .functional import Saved, batch_norm, batch_norm_backward, batch_norm_train
-from .moments import Moments, moments, moved
+from .moments import Moments, both_moved, moments, seen
 
 Array = npt.NDArray[Any]
 
@@ -30,9 +30,11 @@ class BatchNorm:
     momentum : float or None
         Weight of the **old** running value, from 0 to 1 (PyTorch's 0.1 is 0.9 here). None: the running statistics are
         those of all samples seen since the layer was made, pooled exactly, whatever the sizes of the batches.
+        Where samples have weights, a channel without any stays as it was, and running_var also where the weight is not
+        above `correction`.
     correction : 0 or 1
-        Of the running variance: 1 keeps the unbiased estimate (PyTorch), 0 the plain one (Keras, ONNX). The
-        normalization itself always divides by n.
+        Of the running variance: 1 keeps the unbiased estimate (PyTorch), which takes weights as frequencies; 0 the
+        plain one (Keras, ONNX). The normalization itself always divides by n.
     center, scale : bool
         Whether there is a beta, a gamma.
     track_running_stats : bool
@@ -153,7 +155,7 @@ class BatchNorm:
                     _check.apart(fn, "out", out, "running_var", var)
             y, saved = batch_norm_train(x, self.gamma, self.beta, axis=self.axis, eps=self.eps, out=out)
             kept = saved if save else None
-            if tracks and saved.count:
+            if tracks and seen(saved.count):
                 after, pool = self._after(mean, var, saved)
                 batches = self.num_batches_tracked + 1
                 # All or none: from here on no call, where Ctrl-C could come between (see `update_running`).
@@ -233,7 +235,7 @@ class BatchNorm:
             x = _check.array(fn, "batch", batch)
             _check.channels(fn, x, self.axis, self.channels, "batch")
             pool += moments(x, axis=self.axis)
-        if pool.count <= self.correction:
+        if np.any(pool.count <= self.correction):
             raise ValueError(
                 f"{fn}: batches have {pool.count} values per channel, expected at least {self.correction + 1}"
             )
@@ -277,13 +279,14 @@ class BatchNorm:
         """Copies of gamma, beta, running_mean, running_var and num_batches_tracked, as far as the layer has them.
 
         With ``momentum=None`` also running_count and running_m2, the number of values per channel behind the running
-        statistics and their centred sum of squares.
+        statistics (with weights an array, the total of each channel) and their centred sum of squares.
         """
         state: dict[str, Any] = {name: a.copy() for name, a in self._arrays().items()}
         if self.track_running_stats:
             state["num_batches_tracked"] = self.num_batches_tracked
             if self.momentum is None:
-                state["running_count"] = self._pool.count
+                n = self._pool.count
+                state["running_count"] = n if isinstance(n, int) else n.copy()
                 state["running_m2"] = self._pool.m2.copy()
         return state
 
@@ -319,7 +322,8 @@ class BatchNorm:
         batches = _check.count(fn, counters[0], _check.entry(fn, state, counters[0], *one)) if counters else 0
         pool = Moments.empty(own)
         if self.momentum is None and found.issuperset(pooled) and pooled:
-            n = _check.count(fn, pooled[0], _check.entry(fn, state, pooled[0], *one))
+            entry = _check.entry(fn, state, pooled[0], own, of, (1,))
+            n = _check.count_or_weights(fn, pooled[0], entry, own, of)
             m2 = _check.variance(fn, pooled[1], _check.entry(fn, state, pooled[1], own, of), own, of)
             pool = Moments(n, after["running_mean"].astype(np.float64), np.array(np.broadcast_to(m2, own), np.float64))
         if self.track_running_stats:
@@ -368,12 +372,11 @@ class BatchNorm:
         if self.momentum is None:
             pool = self._pool + saved.moments
             return self._of(pool, mean, var), pool
-        m = saved.shared_moments()
-        with np.errstate(all="ignore"):
-            batch_var = m.m2 / (m.count - self.correction)
-            return (moved(mean, m.mean, self.momentum), moved(var, batch_var, self.momentum)), self._pool
+        return both_moved(mean, var, saved.shared_moments(), self.momentum, self.correction), self._pool
 
     def _of(self, pool: Moments, mean: Array, var: Array) -> tuple[Array, Array]:
-        """The running statistics of a pool, in the dtypes of `mean` and `var`."""
+        """The running statistics of a pool, in the dtypes of `mean` and `var`, which stay where it has none."""
         with np.errstate(all="ignore"):
-            return pool.mean.astype(mean.dtype), pool.var(self.correction).astype(var.dtype)
+            of = pool.mean.astype(mean.dtype), pool.var(self.correction).astype(var.dtype)
+        n = pool.count
+        return of if isinstance(n, int) else (np.where(n > 0, of[0], mean), np.where(n > self.correction, of[1], var))

@@ -22,20 +22,28 @@ class Moments:
     processes or machines, whatever their sizes. `empty` is the zero of that sum; up to the last rounding it is
     associative and commutative.
 
+    With weights w the count is sum(w), for each channel its own. Moments with and without weights add up too: a value
+    without one has the weight 1.
+
     Parameters
     ----------
-    count : int
-        Values per channel.
+    count : int or (C,) float64 array
+        Values per channel; with weights the total weight of each channel, finite and not negative.
     mean : (C,) float64 array
-        Mean per channel.
+        Mean per channel: sum(w * x) / sum(w).
     m2 : (C,) float64 array
-        Sum of (x - mean)**2 per channel.
+        Sum of w * (x - mean)**2 per channel.
 
     The arrays given are copied.
 
+    Notes
+    -----
+    The mean and m2 of a channel whose count is 0 mean nothing: in a sum it takes those of the other, bit for bit.
+
     References
     ----------
-    Chan, Golub, LeVeque 1983, "Algorithms for computing the sample variance", equation 2.1.
+    Chan, Golub, LeVeque 1983, "Algorithms for computing the sample variance", equation 2.1. With weights: West 1979,
+    "Updating mean and variance estimates: an improved method", whose steps these are where one side is a single value.
 
     Examples
     --------
@@ -44,15 +52,22 @@ class Moments:
     >>> m = fastbn.moments(a) + fastbn.moments(b)
     >>> m.count, m.mean, m.var()
     (3, array([3.]), array([4.66666667]))
+
+    The values 1 and 2 with weights 2 and 0.5 in the first channel, and none in the second:
+
+    >>> a = fastbn.Moments(np.array([2.0, 0.0]), mean=[1.0, 0.0], m2=[0.0, 0.0])
+    >>> b = fastbn.Moments(np.array([0.5, 0.0]), mean=[2.0, 0.0], m2=[0.0, 0.0])
+    >>> m = a + b
+    >>> m.count, m.mean, m.var()
+    (array([2.5, 0. ]), array([1.2, 0. ]), array([0.16,  nan]))
     """
 
-    count: int
+    count: int | Array
     mean: Array
     m2: Array
 
     def __post_init__(self) -> None:
         fn = "Moments"
-        object.__setattr__(self, "count", _check.count(fn, "count", self.count))
         for name in ("mean", "m2"):
             given = _check.array(fn, name, getattr(self, name))
             with np.errstate(all="ignore"):
@@ -60,9 +75,11 @@ class Moments:
         if self.mean.shape != self.m2.shape:
             raise ValueError(f"{fn}: m2 has shape {self.m2.shape}, expected {self.mean.shape}, the shape of mean")
         _check.not_negative(fn, "m2", self.m2)
+        count = _check.count_or_weights(fn, "count", self.count, self.mean.shape, ", the shape of mean")
+        object.__setattr__(self, "count", count)
 
     @classmethod
-    def trusted(cls, count: int, mean: Array, m2: Array) -> Self:
+    def trusted(cls, count: int | Array, mean: Array, m2: Array) -> Self:
         """Moments of values that need no check, because fastbn has computed them."""
         self = object.__new__(cls)
         object.__setattr__(self, "count", count)
@@ -84,14 +101,22 @@ class Moments:
             raise ValueError(
                 f"Moments.merge: other has channels of shape {other.mean.shape}, expected {self.mean.shape}"
             )
-        if not other.count or not self.count:
-            return self if self.count else other
-        count = self.count + other.count
-        share = other.count / count
+        a, b = self.count, other.count
+        if isinstance(a, int) and not a:
+            return other
+        if isinstance(b, int) and not b:
+            return self
         with np.errstate(all="ignore"):
+            count = a + b
+            share = b / count
             delta = np.asarray(other.mean - self.mean)
-            m2 = np.asarray(self.m2 + other.m2 + delta * delta * (self.count * share))
+            # Not delta * delta: of far values with little weight it would overflow where m2 does not.
+            m2 = np.asarray(self.m2 + other.m2 + delta * (a * share) * delta)
             mean = np.asarray(self.mean + delta * share)
+        if not isinstance(count, int):
+            count, theirs, own = np.asarray(count), np.equal(a, 0), np.equal(b, 0)
+            mean = np.where(theirs, other.mean, np.where(own, self.mean, mean))
+            m2 = np.where(theirs, other.m2, np.where(own, self.m2, m2))
         return Moments.trusted(count, mean, m2)
 
     def __add__(self, other: object) -> "Moments":
@@ -102,12 +127,13 @@ class Moments:
         return self if isinstance(other, int) and other == 0 else NotImplemented
 
     def var(self, correction: int = 0) -> Array:
-        """Variance per channel: m2 / (count - correction), NaN where that is 0 / 0.
+        """Variance per channel: m2 / (count - correction), NaN where count is not above correction.
 
         Parameters
         ----------
         correction : 0 or 1
-            0 for the variance that normalizes, 1 for the unbiased estimate.
+            0 for the variance that normalizes, 1 for the unbiased estimate. That takes weights as frequencies: a value
+            of weight 3 is three values. Of weights on another scale it is no estimate.
         """
         return self._var("Moments.var", correction)
 
@@ -117,10 +143,11 @@ class Moments:
 
     def _var(self, fn: str, correction: int) -> Array:
         n = self.count - _check.correction(fn, correction)
-        if n <= 0:
+        if isinstance(n, int) and n <= 0:
             return np.full_like(self.m2, np.nan)
         with np.errstate(all="ignore"):  # whatever the caller's: a subnormal variance is no error
-            return np.asarray(self.m2 / n)
+            var = np.asarray(self.m2 / n)
+        return var if isinstance(n, int) else np.where(n > 0, var, np.nan)
 
 
 def moments(x: npt.ArrayLike, *, axis: int | tuple[int, ...] = 1) -> Moments:
@@ -180,17 +207,19 @@ def update_running(
     running_mean, running_var : (C,) float32 or float64 array
         Overwritten.
     m : Moments
-        Of the batch. With count 0 nothing changes.
+        Of the batch. A channel of count 0 stays as it was.
     momentum : float
         From 0 to 1, the weight of the **old** value, as in CS231n, Keras, TensorFlow and ONNX (PyTorch's 0.1 is 0.9
         here). To pool all batches exactly, add their `Moments` instead.
     correction : 0 or 1
-        Of the batch variance: 1 for the unbiased estimate (PyTorch), 0 for the plain one (Keras, ONNX, CS231n).
+        Of the batch variance: 1 for the unbiased estimate (PyTorch), 0 for the plain one (Keras, ONNX, CS231n). 1
+        takes weights as frequencies, as `Moments.var` does.
 
     Raises
     ------
     ValueError
-        Wrong shapes, read-only arrays, momentum outside [0, 1], a count of 1 with correction 1. Nothing is written.
+        Wrong shapes, read-only arrays, momentum outside [0, 1]; with correction 1 a count of 1, or a weight above 0 but
+        not above 1. Nothing is written.
     TypeError
         Wrong types or dtypes. Nothing is written.
 
@@ -209,17 +238,30 @@ def update_running(
     running_var = _check.statistic(fn, "running_var", running_var, m.mean.shape)
     momentum = _check.number(fn, "momentum", momentum, 0.0, 1.0)
     correction = _check.correction(fn, correction)
-    if not m.count:
+    if not seen(m.count):
         return
-    if m.count <= correction:
-        raise ValueError(f"{fn}: m.count is {m.count}, expected at least 2 with correction=1")
+    _check.enough(fn, "m.count", m.count, correction)
     _check.apart(fn, "running_mean", running_mean, "running_var", running_var)
-    n = m.count - correction
-    with np.errstate(all="ignore"):  # one for both: each costs as much as an operation
-        mean, var = moved(running_mean, m.mean, momentum), moved(running_var, m.m2 / n, momentum)
+    mean, var = both_moved(running_mean, running_var, m, momentum, correction)
     # Both or none. Python delivers a signal (Ctrl-C) at a call, a jump backwards or a function's start, and there is
     # none between these stores; nor can they fail, since all that needs memory or a check is done.
     running_mean[...], running_var[...] = mean, var
+
+
+def seen(count: int | Array) -> bool:
+    """Whether any channel has a value."""
+    return count > 0 if isinstance(count, int) else bool(np.any(count))
+
+
+def both_moved(mean: Array, var: Array, m: Moments, momentum: float, correction: int) -> tuple[Array, Array]:
+    """What running statistics become after a batch, each in its dtype; they are not written.
+
+    A mean stays where the batch has no weight, a variance also where it has none to estimate one from.
+    """
+    n = m.count - correction
+    with np.errstate(all="ignore"):  # one for both: each costs as much as an operation
+        new = moved(mean, m.mean, momentum), moved(var, m.m2 / n, momentum)
+    return new if isinstance(n, int) else (np.where(m.count > 0, new[0], mean), np.where(n > 0, new[1], var))
 
 
 def moved(running: Array, batch: Array, momentum: float) -> Array:

@@ -235,6 +235,21 @@ COUNTS = [*NO_COUNTS, *NONE, ("negative", V, -1), ("2**63", V, 2**63), ("10**400
           ("array of -1", V, np.array([-1]))]  # fmt: skip
 # In a state the shape is checked before the value is read.
 STATE_COUNTS = [(what, V if isinstance(v, np.ndarray) and v.size > 1 else error, v) for what, error, v in COUNTS]
+# A count may be an array, too: the total weights of the channels.
+WEIGHTS = [
+    *((what, V if isinstance(v, np.ndarray) and v.dtype.kind in "iuf" else error, v) for what, error, v in COUNTS),
+    *of_dtypes(C, ["?", "c16", "O", "U3", "S3", "m8[s]", "V4", "f2", ">f2", np.longdouble]),
+    *((f"weights of shape {s}", V, np.ones(s)) for s in ((), (C + 1,), (0,), (1, C), (C, 1))),
+    *((f"whole weights of shape {s}", V, np.ones(s, int)) for s in ((C + 1,), (1, C), (C, 1))),
+    *((f"a weight of {v}", V, np.array([1.0, 0.0, v])) for v in (np.nan, np.inf, -np.inf, -1.0, -5e-324)),
+    ("a weight of float32's NaN", V, np.array([0x7F800001, 0, 0], "uint32").view("float32")),
+    ("a negative whole weight", V, np.array([1, -1, 1])),
+    ("masked", T, np.ma.masked_less(np.ones(C), 0)),
+    ("masked constant", T, np.ma.masked),
+    ("NumPy's float", V, np.float64(3)),
+    ("NumPy's float16", T, np.float16(3)),
+    ("list of weights", T, [1.0, 2.0, 3.0]),
+]
 CHANNELS = [
     *NO_AXES,
     ("negative", V, -1),
@@ -391,13 +406,14 @@ CALLS = {
     "Moments": (
         "Moments",
         lambda w: (fastbn.Moments, {"count": 3, **given(w, "mean"), "m2": w.var}),
-        {"count": COUNTS, "mean": [*unusable(C), *NONE], "m2": [*parameters(), *NONE, *NEGATIVE]},
+        {"count": WEIGHTS, "mean": [*unusable(C), *NONE], "m2": [*parameters(), *NONE, *NEGATIVE]},
     ),
     "Moments.empty": ("Moments.empty", lambda w: (fastbn.Moments.empty, {}), {"channels": CHANNELS}),
     "Moments.merge": (
         "Moments.merge",
         lambda w: (w.m.merge, {}),
-        {"other": [*NO_MOMENTS, ("of 4", V, fastbn.Moments.empty(C + 1)), ("0-d", V, fastbn.Moments.empty(()))]},
+        {"other": [*NO_MOMENTS, ("of 4", V, fastbn.Moments.empty(C + 1)), ("0-d", V, fastbn.Moments.empty(())),
+                   ("weights of 4", V, fastbn.Moments(np.ones(C + 1), np.zeros(C + 1), np.ones(C + 1)))]},
     ),
     "Moments.var": ("Moments.var", lambda w: (w.m.var, {}), {"correction": CORRECTION}),
     "Moments.std": ("Moments.std", lambda w: (w.m.std, {}), {"correction": CORRECTION}),
@@ -407,7 +423,11 @@ CALLS = {
         {
             "running_mean": [*STATISTICS, ("running_var", V, lambda w: w.running_var)],
             "running_var": [*STATISTICS, ("running_mean reversed", V, lambda w: w.running_mean[::-1])],
-            "m": [*NO_MOMENTS, ("one value", V, fastbn.moments(np.ones((1, C))))],
+            "m": [
+                *NO_MOMENTS, ("one value", V, fastbn.moments(np.ones((1, C)))),
+                *((f"weight {w} in a channel", V, fastbn.Moments(np.array([4, w, 0]), np.zeros(C), np.ones(C)))
+                  for w in (1.0, 0.3, 5e-324)),
+            ],
             "momentum": [*MOMENTUM, *NONE],
             "correction": CORRECTION,
         },
@@ -473,7 +493,7 @@ CALLS = {
     "a pool's value": (
         "BatchNorm.load_state_dict",
         lambda w: (load(w.pooled), w.pooled.state_dict()),
-        {"running_count": STATE_COUNTS, "running_m2": VARS},
+        {"running_count": WEIGHTS, "running_m2": VARS},
     ),
     "a spoiled layer in training": (
         "BatchNorm|batch_norm_train",

@@ -5,17 +5,25 @@ import functools
 import itertools
 import operator
 import pickle
+from fractions import Fraction
 
+import exact
 import numpy as np
 import pytest
 import reference
 from arrays import BIG, FLOATS, SMALL
+from refusals import refused
 
 import fastbn
 
 
 def same(a, b):
-    return a.count == b.count and np.array_equal(a.mean, b.mean) and np.array_equal(a.m2, b.m2)
+    """The same bits, and a count of the same type."""
+    types = type(a.count), np.asarray(a.count).dtype
+    parts = ((np.asarray(m.count), m.mean, m.m2) for m in (a, b))
+    return types == (type(b.count), np.asarray(b.count).dtype) and all(
+        v.shape == w.shape and v.tobytes() == w.tobytes() for v, w in zip(*parts, strict=True)
+    )
 
 
 def close(a, b):
@@ -123,7 +131,11 @@ def test_values_do_not_depend_on_the_floating_point_errors_of_the_caller():
         m = fastbn.Moments(3, [0.0] * 4, [5e-324, 1e308, np.inf, np.nan])
         bn = fastbn.BatchNorm(4, eps=1e308, dtype="float64")
         bn.running_var[:] = [1e308, 1.79e308, np.inf, np.nan]
+        weights = fastbn.Moments(
+            np.array([5e-324, 1e308, 0, 0.5]), [1e308, -1e308, np.inf, np.nan], [5e-324, 1e308, 0, 1]
+        )
         of = [saved.moments, fixed.moments, m, m + m, m + saved.moments, fastbn.Moments(1, signaling, signaling)]
+        of += [weights, weights + m, m + weights, weights + saved.moments]
         return [saved.var, fixed.var, *bn.fold(), *(v for m in of for v in (m.mean, m.m2, m.var(), m.std(1)))]
 
     expected = values()
@@ -153,6 +165,164 @@ def test_the_bits_are_those_of_training(rng, case, dtype):
     np.testing.assert_array_equal(m.mean, saved.mean)
     np.testing.assert_array_equal(m.var(), saved.var)
     assert (m.mean.shape, m.count) == (case.channels, saved.count)
+
+
+# ------------------------------------------------------------------------------------------------------------- weights
+
+
+def total(x, w):
+    """Weight, mean and m2 of each column, without rounding; 0 where there is no weight."""
+    x, w = exact.rational(x), exact.rational(w)
+    n = w.sum(0)
+    mean = (w * x).sum(0) / np.where(n == 0, Fraction(1), n)
+    return n, mean, (w * (x - mean) ** 2).sum(0)
+
+
+def weighted(x, w):
+    """The same as a value, each rounded once."""
+    return fastbn.Moments(*(a.astype(float) for a in total(x, w)))
+
+
+def close_to_exact(m, x, w):
+    """14 digits, and what `close` allows m2."""
+    n, mean, m2 = total(x, w)
+    size = m2.astype(float)
+    std = np.sqrt(size / np.where(n == 0, 1, n).astype(float))
+    lost = 2 * np.finfo(float).eps * abs(mean.astype(float)) * std * n.astype(float)
+    for name, found, expected, scale in (
+        ("count", m.count, n, 0),
+        ("mean", m.mean, mean, std),
+        ("m2", m.m2, m2, size + lost / 1e-14),
+    ):
+        assert exact.digits(found, expected, scale) <= 1e-14, name
+
+
+def test_the_values_of_a_small_array_with_weights():
+    """1, 2, 4 with weights 2, 1, 1; 5 with weight 0.25; nothing; 7 with weight 1."""
+    m = fastbn.Moments(np.array([4, 0.25, 0, 1], "float32"), [2.0, 5, 0, 7], [6.0, 0, 0, 0])
+    assert (m.count.dtype, m.count.shape) == (np.float64, (4,))
+    np.testing.assert_array_equal(m.var(), [1.5, 0, np.nan, 0])
+    np.testing.assert_array_equal(m.var(correction=1), [2, np.nan, np.nan, np.nan])
+    np.testing.assert_array_equal(m.std(), np.sqrt([1.5, 0, np.nan, 0]))
+    np.testing.assert_array_equal(m.std(correction=1), np.sqrt([2, np.nan, np.nan, np.nan]))
+
+
+def test_a_merge_is_that_of_exact_arithmetic(rng):
+    """Weights, means and m2 of any size. Of m2 nine roundings of half an eps are in a term, of the mean five."""
+    eps, channels = np.finfo(float).eps, 400
+    signs = rng.choice([-1, 1], (2, channels))
+    a, b = (
+        fastbn.Moments(w, mean * sign, m2)
+        for (w, mean, m2), sign in zip(10 ** rng.uniform(-50, 50, (2, 3, channels)), signs, strict=True)
+    )
+    (n, p, s), (k, q, t) = ([exact.rational(v) for v in (m.count, m.mean, m.m2)] for m in (a, b))
+    expected = n + k, (n * p + k * q) / (n + k), s + t + (q - p) ** 2 * n * k / (n + k)
+    for m in (a + b, b + a):
+        assert exact.digits(m.count, expected[0]) <= eps / 2
+        assert exact.digits(m.mean, expected[1], abs(a.mean) + abs(b.mean)) <= 3 * eps
+        assert exact.digits(m.m2, expected[2]) <= 5 * eps
+
+
+@pytest.mark.parametrize("sizes", [(5, 1, 14), (1, 1, 1), (40, 2, 3), (0, 4, 0)])
+@pytest.mark.parametrize("offset", [0, 1e6])
+def test_weighted_parts_merge_to_the_whole(rng, sizes, offset):
+    """In any order and grouping. One channel has weight in the first part only, one in none."""
+    rows = sum(sizes)
+    x = rng.normal(offset, 1, (rows, 5))
+    w = rng.exponential(size=x.shape) * rng.choice([1, 100], x.shape) * (rng.random(x.shape) > 0.2)
+    w[:, 4] = 0
+    w[sizes[0] :, 3] = 0
+    cuts = np.cumsum(sizes)[:-1]
+    parts = [weighted(*part) for part in zip(np.split(x, cuts), np.split(w, cuts), strict=True)]
+    for a, b, c in itertools.permutations(parts):
+        for m in ((a + b) + c, a + (b + c), sum([a, b, c]), fastbn.Moments.empty(5) + a.merge(b).merge(c)):
+            close_to_exact(m, x, w)
+            assert (m.count[4], m.m2[4]) == (0, 0)
+
+
+def test_whole_weights_are_repeated_rows(rng):
+    """Value by value, as West's algorithm adds them."""
+    x, w = rng.normal(3, 2, (12, 4)), rng.integers(0, 4, (12, 4))
+    m = sum(fastbn.Moments(w[i], x[i], np.zeros(4)) for i in range(12))
+    for c in range(4):
+        repeated = fastbn.moments(np.repeat(x[:, c], w[:, c]), axis=())
+        close(fastbn.Moments(int(m.count[c]), m.mean[c], m.m2[c]), repeated)
+        np.testing.assert_allclose(m.var(1)[c], repeated.var(1), rtol=1e-13)
+
+
+def test_equal_weights_merge_to_the_bits_of_counts(rng):
+    a, b = (fastbn.moments(rng.normal(3, 2, (n, 50))) for n in (7, 300))
+    as_weights = [fastbn.Moments(np.full(50, float(m.count)), m.mean, m.m2) for m in (a, b)]
+    plain = a + b
+    expected = fastbn.Moments(np.full(50, 307.0), plain.mean, plain.m2)
+    assert type(plain.count) is int
+    for m in (as_weights[0] + as_weights[1], as_weights[0] + b, a + as_weights[1]):
+        assert same(m, expected)
+        np.testing.assert_array_equal([m.var(), m.var(1)], [plain.var(), plain.var(1)])
+
+
+@pytest.mark.parametrize("junk", [0.0, np.inf, np.nan, 1e308])
+def test_a_channel_without_weight_takes_the_bits_of_the_other(junk):
+    """Whatever its own mean and m2 are; warnings are errors."""
+    values = np.array([0.1, -1 / 3, -0.0, np.nan]), np.array([0.7, 1e-300, 0.0, np.inf])
+    none = fastbn.Moments(np.array([0.0, 0.0, -0.0, 0.0]), np.full(4, junk), np.full(4, junk))
+    for m in (fastbn.Moments(np.array([5e-324, 0.3, 1e9, 2.0]), *values), fastbn.Moments(3, *values)):
+        for merged in (none + m, m + none):
+            assert same(merged, fastbn.Moments(np.broadcast_to(m.count, 4).astype(float), *values))
+    assert not (none + none).count.any()
+
+
+def test_one_channel_without_weight_leaves_the_others_merged():
+    a = fastbn.Moments(np.array([0.0, 2.0, 2.0]), [9.0, 1.0, 1.0], [9.0, 1.0, 1.0])
+    b = fastbn.Moments(np.array([2.0, 0.0, 2.0]), [3.0, 9.0, 3.0], [1.0, 9.0, 1.0])
+    assert same(a + b, fastbn.Moments(np.array([2.0, 2.0, 4.0]), [3.0, 1.0, 2.0], [1.0, 1.0, 6.0]))
+
+
+def test_the_empty_value_is_the_zero_of_weighted_sums_too():
+    m, zero = fastbn.Moments(np.array([0.5, 0.0]), [1.0, 2.0], [3.0, 4.0]), fastbn.Moments.empty(2)
+    assert zero + m is m
+    assert m + zero is m
+    assert sum([m]) is m
+
+
+@pytest.mark.parametrize("shape", [(), (0,), (2, 3)])
+def test_weights_have_the_shape_of_the_channels(rng, shape):
+    w, mean, m2 = rng.uniform(1, 2, (3, *shape))
+    m = fastbn.Moments(w, mean, m2)
+    for a in (m, m + m, m + fastbn.Moments(3, mean, m2), fastbn.Moments(3, mean, m2) + m):
+        for part in (a.count, a.mean, a.m2, a.var(), a.std(1)):
+            assert (type(part), part.dtype, part.shape) == (np.ndarray, np.float64, shape)
+    np.testing.assert_array_equal((m + m).count, 2 * w)
+    refused(lambda: fastbn.Moments(np.ones((4, *shape)), mean, m2), "Moments", "count", ValueError)
+
+
+def test_far_values_of_little_weight_do_not_overflow():
+    a, b = (fastbn.Moments(np.array([1e-250]), [mean], [0.0]) for mean in (1e200, -1e200))
+    np.testing.assert_allclose((a + b).m2, [2e150], rtol=1e-15)
+
+
+@pytest.mark.parametrize("count", [np.array([3, 0]), np.array([3, 0], "uint8"), np.array([3, 0], ">f4")])
+def test_a_count_is_a_copy_in_float64(count):
+    before = count.copy()
+    m = fastbn.Moments(count, [1.0, 0.0], [1.0, 0.0])
+    assert m.count.dtype == np.float64
+    np.testing.assert_array_equal(m.count, before)
+    m.count[:] = 7
+    np.testing.assert_array_equal(count, before)
+    assert "count=array([7., 7.])" in repr(m)
+
+
+def test_an_array_without_axes_may_have_become_a_number():
+    """As NumPy's arithmetic makes it."""
+    m = fastbn.Moments(np.array(0.25) + 0.25, np.array(1.0), np.array(0.0))
+    assert same(m, fastbn.Moments(np.array(0.5), np.array(1.0), np.array(0.0)))
+
+
+@pytest.mark.parametrize("clone", [copy.copy, copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_copies_and_pickles_with_weights(rng, clone):
+    m = fastbn.Moments(*rng.uniform(0, 1, (3, 4)))
+    assert same(clone(m), m)
+    assert same(clone(m) + m, m + m)
 
 
 # ----------------------------------------------------------------------------------------------------- update_running
@@ -216,3 +386,47 @@ def test_strided_running_statistics(rng):
     m = fastbn.moments(rng.normal(size=(9, 3)))
     fastbn.update_running(block[:, 0], block[::-1, 1], m, momentum=0)
     np.testing.assert_array_equal(block, np.stack([m.mean, m.var(1)[::-1]], axis=1))
+
+
+@pytest.mark.parametrize("momentum", [0, 0.5, 1])
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_channels_move_by_their_weight_or_stay(rng, momentum, dtype):
+    """Whole weights move a channel as that many values do; without any not a bit of it changes."""
+    mean, var = rng.normal(size=5).astype(dtype), rng.uniform(size=5).astype(dtype)
+    expected = np.array([mean, var])
+    m = fastbn.Moments(np.array([0, 4, 0, 9, 1.5]), [np.nan, 1, np.inf, 2, 3], [np.nan, 5, np.inf, 6, 0.5])
+    for c, count in ((1, 4), (3, 9)):
+        one = fastbn.Moments(count, m.mean[c : c + 1], m.m2[c : c + 1])
+        fastbn.update_running(*expected[:, c : c + 1], one, momentum=momentum)
+    expected[:, 4] = reference.running(expected[:, 4], np.array([3, 1]), momentum)  # 0.5 / (1.5 - 1)
+    fastbn.update_running(mean, var, m, momentum=momentum)
+    np.testing.assert_array_equal([mean[:4], var[:4]], expected[:, :4])
+    np.testing.assert_allclose([mean[4], var[4]], expected[:, 4], rtol=2 * np.finfo(dtype).eps)
+
+
+def test_a_batch_of_weight_zero_moves_nothing():
+    mean, var = np.array([1.5, np.nan]), np.array([2.5, -0.0])
+    before = mean.tobytes(), var.tobytes()
+    none = fastbn.Moments(np.zeros(2), [np.nan, 1.0], [np.inf, 1.0])
+    for momentum, correction in itertools.product([0, 0.5, 1], [0, 1]):
+        fastbn.update_running(mean, var, none, momentum=momentum, correction=correction)
+    assert (mean.tobytes(), var.tobytes()) == before
+
+
+@pytest.mark.parametrize("weight", [1.0, 0.5, 5e-324])
+def test_a_weight_too_small_for_the_correction(weight):
+    """One value has no unbiased variance. Another channel's weight does not help; without the correction it is 0."""
+    mean, var = np.array([1.5, 2.5, 3.5]), np.array([4.5, 5.5, 6.5])
+    before = np.array([mean, var])
+    m = fastbn.Moments(np.array([0.0, 8.0, weight]), [1.0, 2.0, 3.0], [0.0, 4.0, 0.0])
+    message = refused(lambda: fastbn.update_running(mean, var, m, momentum=0), "update_running", "m.count", ValueError)
+    assert f"{weight} at (2,)" in message
+    np.testing.assert_array_equal([mean, var], before)
+    fastbn.update_running(mean, var, m, momentum=0, correction=0)
+    np.testing.assert_array_equal([mean, var], [[1.5, 2, 3], [4.5, 0.5, 0]])
+
+
+def test_a_weight_hardly_above_the_correction_is_enough():
+    mean, var = np.zeros(1), np.ones(1)
+    fastbn.update_running(mean, var, fastbn.Moments(np.array([1 + 2.0**-52]), [3.0], [2.0**-52]), momentum=0)
+    assert (mean[0], var[0]) == (3, 1)

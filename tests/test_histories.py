@@ -169,11 +169,17 @@ class History(RuleBasedStateMachine):
         m.saved = None
         return self.bn.state_dict(), m
 
-    @rule(stored=states, anew=st.booleans())
-    def load(self, stored, anew):
-        """A state of another time; without the two entries that only fastbn knows, a pool begins anew."""
+    @rule(stored=states, anew=st.booleans(), weights=st.booleans())
+    def load(self, stored, anew, weights):
+        """A state of another time; without the two entries that only fastbn knows, a pool begins anew.
+
+        Its count may be the weight of each channel: all are the same here, so the pool is too.
+        """
         state, m = stored
         training, pools = self.model.training, "running_count" in state
+        if weights and pools:
+            count = np.broadcast_to(state["running_count"], self.bn.channels)
+            state = {**state, "running_count": count.astype("float64")}
         if anew:
             state = {k: v for k, v in state.items() if k not in ("running_count", "running_m2")}
         assert self.bn.load_state_dict(state) is self.bn

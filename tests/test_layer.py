@@ -398,3 +398,171 @@ def test_a_pooled_state_serves_a_layer_of_another_momentum(rng):
     bn(rng.normal(size=(9, 2)))
     plain = fastbn.BatchNorm(2).load_state_dict(bn.state_dict())
     np.testing.assert_allclose(plain.running_var, bn.running_var, rtol=1e-7)
+
+
+# ------------------------------------------------------------------------------------------------------------- weights
+
+
+class Weighted:
+    """What a forward with weights leaves, as far as the layer reads it."""
+
+    def __init__(self, m):
+        self.moments, self.count = m, m.count
+
+    def shared_moments(self):
+        return self.moments
+
+
+@pytest.fixture
+def weigh(monkeypatch):
+    """A training call of a layer whose batch has these moments."""
+
+    def call(bn, count, mean, m2):
+        m = fastbn.Moments(count, mean, m2)
+        monkeypatch.setattr("fastbn.layer.batch_norm_train", lambda x, *_, **__: (x, Weighted(m)))
+        bn(np.empty((0, *bn.channels)))
+        monkeypatch.undo()
+        return m
+
+    return call
+
+
+def weighted_batches(rng, steps=5):
+    """Weight, mean and m2 for each of six channels: always; at times; up to the first; too little; never; once one."""
+    for i in range(steps):
+        w = np.array([rng.uniform(1.5, 9), rng.uniform(2, 3) * (i % 2), 4.0 * (i == 0), 1e-3, 0, 1.0 * (i == 3)])
+        yield w, rng.normal(3, 2, 6), np.where(w == 0, np.nan, rng.uniform(1, 2, 6))
+
+
+@pytest.mark.parametrize("correction", [0, 1])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_a_weighted_step_moves_the_channels_that_it_has(rng, weigh, correction, dtype):
+    bn = fastbn.BatchNorm(6, momentum=0.8, correction=correction, dtype=dtype)
+    for step, (w, mean, m2) in enumerate(weighted_batches(rng), 1):
+        expected = [bn.running_mean.copy(), bn.running_var.copy()]
+        weigh(bn, w, mean, m2)
+        for c in range(6):
+            if w[c] > 0:
+                expected[0][c] = reference.running(expected[0][c], mean[c], 0.8)
+            if w[c] > correction:
+                expected[1][c] = reference.running(expected[1][c], m2[c] / (w[c] - correction), 0.8)
+        rtol = 4 * np.finfo(dtype).eps
+        np.testing.assert_allclose(bn.running_mean, expected[0], rtol=rtol)
+        np.testing.assert_allclose(bn.running_var, expected[1], rtol=rtol)
+        assert bn.num_batches_tracked == step
+    assert (bn.running_mean[4], bn.running_var[4]) == (0, 1)
+    assert (bn.running_var[3] == 1) == (correction == 1)
+    assert bn.running_mean.dtype == bn.running_var.dtype == dtype
+
+
+@pytest.mark.parametrize("correction", [0, 1])
+def test_a_pool_of_weighted_batches(rng, weigh, correction):
+    """The exact statistics of each channel; 0 and 1 where there was none, a variance of 1 until there is enough."""
+    bn = fastbn.BatchNorm(6, momentum=None, correction=correction)
+    whole = sum(weigh(bn, *batch) for batch in weighted_batches(rng))
+    some, enough = whole.count > 0, whole.count > correction
+    np.testing.assert_array_equal(some, [True, True, True, True, False, True])
+    np.testing.assert_array_equal(enough, some & [True, True, True, correction == 0, True, correction == 0])
+    np.testing.assert_array_equal(bn.running_mean, np.where(some, whole.mean, 0))
+    np.testing.assert_array_equal(bn.running_var, np.where(enough, whole.var(correction), 1))
+    weigh(bn, np.full(6, 2.0), np.full(6, 3.0), np.full(6, 4.0))
+    assert (bn.running_mean[4], bn.running_var[4]) == (3, 4 / (2 - correction))
+
+
+@pytest.mark.parametrize("momentum", [0.9, None])
+def test_a_batch_of_weight_zero_leaves_the_layer_alone(rng, weigh, momentum):
+    bn = fastbn.BatchNorm(3, momentum=momentum)
+    bn(batches(rng)[0])
+    before = state_bytes(bn)[0]
+    weigh(bn, np.zeros(3), np.full(3, np.nan), np.full(3, np.nan))
+    assert state_bytes(bn)[0] == before
+
+
+def archived(state, path):
+    """The state as a file of NumPy keeps it."""
+    np.savez(path, **state)
+    with np.load(path) as kept:
+        return dict(kept)
+
+
+@pytest.mark.parametrize("correction", [0, 1])
+def test_a_weighted_pool_resumes_with_the_same_bits(rng, weigh, correction, tmp_path):
+    """From a state, from a file, as an open file, from a copy and a pickle: in channels not seen yet, too."""
+    options = {"momentum": None, "correction": correction}
+    steps = list(weighted_batches(rng))
+    bn = fastbn.BatchNorm(6, **options)
+    for step in steps[:3]:
+        weigh(bn, *step)
+    state = bn.state_dict()
+    assert state["running_count"].dtype == np.float64
+    file = tmp_path / "state.npz"
+    others = [fastbn.BatchNorm(6, **options).load_state_dict(s) for s in (state, archived(state, file))]
+    with np.load(file) as opened:
+        others.append(fastbn.BatchNorm(6, **options).load_state_dict(opened))
+    others += [copy.deepcopy(bn), pickle.loads(pickle.dumps(bn))]
+    state["running_count"][:] = 99  # it was a copy
+    for step in steps[3:]:
+        for layer in (bn, *others):
+            weigh(layer, *step)
+    x = rng.normal(size=(9, 6))
+    for layer in (bn, *others):
+        layer(x)
+        assert state_bytes(layer)[0] == state_bytes(bn)[0]
+
+
+@pytest.mark.parametrize("shape", [(), (3,), (2, 2)])
+@pytest.mark.parametrize("dtype", ["float64", "float32", "int16"])
+def test_a_state_may_count_each_channel(rng, tmp_path, shape, dtype):
+    """Of equal weights the pool is that of the count, to the bit."""
+    axis = tuple(range(1, 1 + len(shape)))
+    layers = [fastbn.BatchNorm(shape, axis=axis, momentum=None) for _ in range(3)]
+    layers[0](rng.normal(size=(7, *shape)))
+    state = layers[0].state_dict()
+    counts = state | {"running_count": np.full(shape, 7, dtype)}
+    layers[1].load_state_dict(counts)
+    layers[2].load_state_dict(archived(counts, tmp_path / "state.npz"))
+    x = rng.normal(size=(5, *shape))
+    for bn in layers:
+        bn(x)
+        assert np.all(bn.state_dict()["running_count"] == 12)
+        for name in ("running_mean", "running_var"):
+            assert getattr(bn, name).tobytes() == getattr(layers[0], name).tobytes()
+    # An integer array of one element has always been a plain count.
+    assert isinstance(layers[1].state_dict()["running_count"], int) == (shape == () and dtype == "int16")
+
+
+@pytest.mark.parametrize("count", [np.array([3]), np.array(3), np.int8(3), 3])
+def test_a_plain_count_may_be_an_array_of_one_integer(rng, count):
+    bn = fastbn.BatchNorm(2, momentum=None)
+    bn(rng.normal(size=(3, 2)))
+    other = fastbn.BatchNorm(2, momentum=None).load_state_dict(bn.state_dict() | {"running_count": count})
+    assert other.state_dict()["running_count"] == 3
+    assert type(other.state_dict()["running_count"]) is int
+
+
+def test_a_population_follows_a_weighted_pool(rng, weigh):
+    """fit_population takes batches without weights, whatever the pool was before."""
+    bn = fastbn.BatchNorm(6, momentum=None)
+    for step in weighted_batches(rng):
+        weigh(bn, *step)
+    x = rng.normal(size=(9, 6))
+    bn.fit_population([x])
+    np.testing.assert_array_equal(bn.running_var, fastbn.moments(x).var(1))
+    assert bn.state_dict()["running_count"] == 9
+
+
+def test_a_count_that_is_no_weight_leaves_the_layer(rng):
+    bn = fastbn.BatchNorm(3, momentum=None)
+    bn(batches(rng)[0])
+    state, before = bn.state_dict(), state_bytes(bn)
+    for bad in (
+        np.array([1, -1.0, 1]),
+        np.array([1, np.nan, 1]),
+        np.ones(4),
+        np.ones((3, 1)),
+        np.ones(1),
+        np.float64(1),
+    ):
+        refused(lambda: bn.load_state_dict(state | {"gamma": np.full(3, 7), "running_count": bad}),  # noqa: B023
+                "BatchNorm.load_state_dict", "running_count", ValueError)  # fmt: skip
+        assert state_bytes(bn) == before

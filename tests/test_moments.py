@@ -205,6 +205,10 @@ def test_the_values_of_a_small_array_with_weights():
     np.testing.assert_array_equal(m.var(correction=1), [2, np.nan, np.nan, np.nan])
     np.testing.assert_array_equal(m.std(), np.sqrt([1.5, 0, np.nan, 0]))
     np.testing.assert_array_equal(m.std(correction=1), np.sqrt([2, np.nan, np.nan, np.nan]))
+    halves = fastbn.Moments(
+        np.ones(1), [1.5], [0.25]
+    )  # 1 and 2 with weights of a half: an estimate of neither 0 nor inf
+    assert np.isnan(halves.var(correction=1)).all()
 
 
 def test_a_merge_is_that_of_exact_arithmetic(rng):

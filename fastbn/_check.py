@@ -17,7 +17,8 @@ from ._layout import Layout
 
 Array = npt.NDArray[Any]
 FLOAT32, FLOAT64 = np.dtype(np.float32), np.dtype(np.float64)
-EXPECTED = "float32, float64, an integer dtype or bool"
+EXPECTED = "float16, bfloat16, float32, float64, an integer dtype or bool"
+FLOATS = ("float16", "bfloat16", "float32", "float64")
 MOST_AXES = 64  # of a NumPy array
 MOST = 2**63 - 1  # of a count, which is saved as int64
 
@@ -38,8 +39,8 @@ def shown(value: Any) -> str:
 
 
 def array(fn: str, name: str, value: Any) -> Array:
-    """`value` as a plain array of a dtype that can be normalized: float32, float64, integers, booleans."""
-    if type(value) is np.ndarray and value.dtype.char in "fd":  # the usual case, quickly
+    """`value` as a plain array of a dtype that can be normalized: floats of 16 to 64 bits, integers, booleans."""
+    if type(value) is np.ndarray and value.dtype.char in "efd":  # the usual case, quickly
         return value
     if isinstance(value, np.ma.MaskedArray):
         raise TypeError(f"{fn}: {name} is a masked array, whose mask would be ignored; expected a plain array")
@@ -63,7 +64,12 @@ def _numeric(fn: str, name: str, found: np.dtype[Any]) -> None:
 
 
 def _supported(d: np.dtype[Any]) -> bool:
-    return d.kind in "biu" or (d.kind == "f" and d.itemsize in (4, 8))
+    return d.kind in "biu" or floating(d)
+
+
+def floating(d: np.dtype[Any]) -> bool:
+    """Whether it is one of the floating dtypes; bfloat16 is none of NumPy's, and known by its name."""
+    return d.char in "efd" or (d.kind == "V" and d.name == "bfloat16")
 
 
 def dtype(fn: str, name: str, value: Any) -> np.dtype[Any]:
@@ -82,9 +88,14 @@ def _dtype(value: Any) -> np.dtype[Any] | None:
         return None
 
 
-def result_dtype(x: Array) -> np.dtype[Any]:
-    """The dtype of y: that of a floating x, else float32."""
-    return FLOAT64 if x.dtype.kind == "f" and x.dtype.itemsize == 8 else FLOAT32
+def result_dtype(x: Array, out: Any = None) -> np.dtype[Any]:
+    """The dtype of y: that of a floating x; of other x that of `out`, if it is floating, else float32."""
+    found = x.dtype
+    if found.char in "efd" and found.isnative:  # the usual case, quickly
+        return found
+    if floating(found):
+        return found.newbyteorder("=")
+    return out.dtype if isinstance(out, np.ndarray) and floating(out.dtype) and out.dtype.isnative else FLOAT32
 
 
 def axes(fn: str, axis: Any, shape: tuple[int, ...], name: str = "x") -> tuple[int, ...]:
@@ -240,11 +251,13 @@ def more_than_one(fn: str, lay: Layout, x: Array, axis: Any) -> None:
         )
 
 
-def out(fn: str, value: Any, shape: tuple[int, ...], expected: np.dtype[Any], same: str, reads: dict[str, Any]) -> bool:
-    """The caller's output array: right shape and dtype, writable, and sharing memory with nothing but `same` itself.
+def out(
+    fn: str, value: Any, shape: tuple[int, ...], expected: np.dtype[Any], same: tuple[str, ...], reads: dict[str, Any]
+) -> str:
+    """The caller's output array: right shape and dtype, writable, and sharing memory with nothing but one of `same`.
 
-    `reads` is all that the call reads, by name; the one named `same` may be overwritten in place. Returns whether it
-    is.
+    `reads` is all that the call reads, by name; those named in `same` may be overwritten in place. Returns which one
+    is, or "".
     """
     if not isinstance(value, np.ndarray):
         raise TypeError(f"{fn}: out is of type {type(value).__name__}, expected a NumPy array")
@@ -258,12 +271,12 @@ def out(fn: str, value: Any, shape: tuple[int, ...], expected: np.dtype[Any], sa
         raise ValueError(f"{fn}: out is read-only, expected a writable array")
     if _overlaps_itself(value):
         raise ValueError(f"{fn}: out has strides {value.strides}: its elements overlap, expected distinct ones")
-    in_place = False
+    in_place = ""
     for name, a in reads.items():
         if not isinstance(a, np.ndarray) or not np.may_share_memory(value, a):
             continue
-        if name == same and _identical(value, a):
-            in_place = True
+        if name in same and _identical(value, a):
+            in_place = in_place or name
         elif _overlap(value, a):
             raise ValueError(f"{fn}: out shares memory with {name} without being the same array; expected no overlap")
     return in_place
@@ -309,11 +322,60 @@ def _overlap(a: Array, b: Any) -> bool:
 def gradient(fn: str, value: Any, shape: tuple[int, ...]) -> Array:
     """dy: the shape of y, floating."""
     dy = array(fn, "dy", value)
-    if dy.dtype.kind != "f":
-        raise TypeError(f"{fn}: dy has dtype {dy.dtype}, expected float32 or float64")
+    if not floating(dy.dtype):
+        raise TypeError(f"{fn}: dy has dtype {dy.dtype}, expected one of {', '.join(FLOATS)}")
     if dy.shape != shape:
         raise ValueError(f"{fn}: dy has shape {dy.shape}, expected {shape}, the shape of x")
     return dy
+
+
+def residual(fn: str, value: Any, shape: tuple[int, ...]) -> Array:
+    """A residual: the shape of x, floating."""
+    z = array(fn, "residual", value)
+    if not floating(z.dtype):
+        raise TypeError(f"{fn}: residual has dtype {z.dtype}, expected one of {', '.join(FLOATS)}")
+    if z.shape != shape:
+        raise ValueError(f"{fn}: residual has shape {z.shape}, expected {shape}, the shape of x")
+    return z
+
+
+def activation(fn: str, value: Any) -> bool:
+    """Whether y is rectified."""
+    if value is None:
+        return False
+    if not isinstance(value, str):
+        raise TypeError(f"{fn}: activation is {shown(value)}, expected None or 'relu'")
+    if value != "relu":
+        raise ValueError(f"{fn}: activation is {shown(value)}, expected None or 'relu'")
+    return True
+
+
+def weights(fn: str, value: Any, shape: tuple[int, ...]) -> Array:
+    """Weights of the values of x: booleans, or finite numbers that are not negative; they broadcast to its shape."""
+    w = array(fn, "where", value)
+    try:
+        fits = np.broadcast_shapes(w.shape, shape) == shape
+    except ValueError:
+        fits = False
+    if not fits:
+        raise ValueError(f"{fn}: where has shape {w.shape}, expected one that broadcasts to that of x, {shape}")
+    if w.dtype.kind == "b":
+        return w
+    if w.dtype not in (FLOAT32, FLOAT64):
+        w = w.astype(np.float64)
+    bad = ~(w >= 0) | (w == np.inf)
+    if bad.any():
+        where = np.unravel_index(int(np.argmax(bad)), w.shape)
+        at = f" at {tuple(int(i) for i in where)}" if w.ndim else ""
+        raise ValueError(f"{fn}: where is {w[where]}{at}, expected finite weights of at least 0")
+    return w
+
+
+def invertible(fn: str, relu: bool, z: Array | None) -> None:
+    """Where y overwrites x, the backward recovers x from y."""
+    if relu or z is not None:
+        what = "activation='relu'" if relu else "a residual"
+        raise ValueError(f"{fn}: out is x, which with {what} cannot be recovered from y; expected another array")
 
 
 def statistic(fn: str, name: str, value: Any, shape: tuple[int, ...]) -> Array:

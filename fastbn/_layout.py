@@ -20,6 +20,7 @@ import numpy.typing as npt
 
 from ._threads import planned_threads
 from .kernels.grid import Grid, fused_grid, split_grid
+from .kernels.plain import CARRIERS
 
 Array = npt.NDArray[Any]
 Shape = tuple[int, ...]
@@ -103,17 +104,77 @@ def layout(shape: Shape, strides: Shape, itemsize: int, axes: Shape, threads: in
 
 def _merge(shape: Shape, order: Shape, axes: Shape) -> tuple[int, int, int] | None:
     """(outer, channels, inner) with the axes in this order; None if the channels are not one ascending block."""
+    groups = _groups(shape, order, axes)
+    if groups is None:
+        return None
+    outer, channels, inner = (math.prod(shape[a] for a in group) for group in groups)
+    return outer, channels, inner
+
+
+def _groups(shape: Shape, order: Shape, axes: Shape) -> tuple[list[int], list[int], list[int]] | None:
+    """The axes, but those of length 1, that become outer, channels and inner."""
     long = [a for a in order if shape[a] != 1]
     where = [i for i, a in enumerate(long) if a in axes]
-    if not where:
-        # All channels (if any) have length 1: everything is one long inner run.
-        return 1, 1, math.prod(shape[a] for a in long)
+    if not where:  # all channels (if any) have length 1: everything is one long inner run
+        return [], [], long
     first, last = where[0], where[-1] + 1
     block = long[first:last]
     if len(block) != len(where) or block != sorted(block):
         return None
-    outer, channels, inner = (math.prod(shape[a] for a in part) for part in (long[:first], block, long[last:]))
-    return outer, channels, inner
+    return long[:first], block, long[last:]
+
+
+def steps_in(x: Array, axes: Shape, lay: Layout) -> npt.NDArray[np.int64] | None:
+    """By how many elements the samples, channels and elements of runs of another layout lie apart in x.
+
+    None where that is no fixed number.
+    """
+    groups = _groups(x.shape, lay.order, axes)
+    steps = []
+    for group in groups or ():
+        step = [x.strides[a] for a in group] or [0]
+        spans = zip(group[1:], step[:-1], step[1:], strict=False)
+        if any(outer != x.shape[a] * inner for a, outer, inner in spans):
+            return None
+        steps.append(step[-1] // x.itemsize)
+    return np.array(steps, np.int64) if steps else None
+
+
+class Weights(NamedTuple):
+    """Weights of the values of an array, in its canonical view.
+
+    Attributes
+    ----------
+    flat
+        uint8 (of booleans), float32 or float64. That of sample n, channel c and element k of a run is
+        ``flat[n * step[0] + c * step[1] + k * step[2]]``.
+    step
+        0 where they do not vary.
+    totals
+        Their sum in each channel, float64.
+    """
+
+    flat: Array
+    step: npt.NDArray[np.int64]
+    totals: Array
+
+
+def weights_of(w: Array, shape: Shape, axes: Shape, lay: Layout) -> Weights:
+    """The canonical view of weights that broadcast to `shape`, no larger than what of it they vary along."""
+    groups = _groups(shape, lay.order, axes)
+    assert groups is not None  # a layout's order has one
+    w = w.reshape((1,) * (len(shape) - w.ndim) + w.shape)
+    varies = [any(w.shape[a] != 1 for a in group) for group in groups]
+    kept = [a for group, v in zip(groups, varies, strict=True) if v for a in group]
+    wide = np.broadcast_to(w, [shape[a] if a in kept else 1 for a in range(len(shape))])
+    sides = [math.prod(shape[a] for a in group) if v else 1 for group, v in zip(groups, varies, strict=True)]
+    rest = [a for a in range(len(shape)) if a not in kept]  # of length 1 now
+    view = np.require(wide.transpose(kept + rest), requirements=["C", "A"]).reshape(sides)
+    times = lay.per_channel / (sides[0] * sides[2])
+    totals = np.broadcast_to(view.sum((0, 2), np.float64) * times, lay.channels).copy()
+    step = [sides[1] * sides[2] * varies[0], sides[2] * varies[1], int(varies[2])]
+    flat = _writable(view.reshape(-1))
+    return Weights(flat.view(np.uint8) if flat.dtype.kind == "b" else flat, np.array(step, np.int64), totals)
 
 
 def is_dense(a: Array, lay: Layout) -> bool:
@@ -128,12 +189,21 @@ def is_dense(a: Array, lay: Layout) -> bool:
 
 
 def flat(a: Array, lay: Layout) -> Array:
-    """The elements of a dense array in memory order, 1-d, without a copy, and typed as writable.
+    """The elements of a dense array in memory order, 1-d, without a copy, and typed as the kernels want them.
 
-    Numba compiles anew for read-only arrays. The kernels never write to an input (a test compiles them with read-only
-    inputs), so a read-only array is passed through an alias of its memory.
+    Half precision goes to them in disguise, and everything as writable: Numba compiles anew for read-only arrays. The
+    kernels never write to an input (a test compiles them with read-only inputs), so a read-only array is passed through
+    an alias of its memory.
     """
     a = a.reshape(-1) if lay.in_order else a.transpose(lay.order).reshape(-1)
+    carrier = CARRIERS.get(a.dtype.name) if a.itemsize == 2 else None
+    if carrier:
+        a = a.view(np.uint16)
+    a = _writable(a)
+    return a.view(carrier) if carrier else a
+
+
+def _writable(a: Array) -> Array:
     return a if a.flags.writeable else np.asarray(_Alias(a))
 
 

@@ -127,11 +127,22 @@ def new(like: Array, dtype: np.dtype[Any], lay: Layout) -> Array:
     return ordered if lay.in_order else ordered.transpose(np.argsort(lay.order))
 
 
-def source(x: Array, lay: Layout) -> Array:
-    """The elements of x in memory order; a copy only where x is not dense: in no order of its axes, or unaligned."""
-    if is_dense(x, lay):
+def source(x: Array, lay: Layout, dtype: np.dtype[Any] | None = None) -> Array:
+    """The elements of x in memory order, in `dtype` or its own.
+
+    A copy only where they are in another, or x is not dense: in no order of its axes, or unaligned.
+    """
+    wanted = dtype or x.dtype.newbyteorder("=")
+    if is_dense(x, lay) and x.dtype == wanted:
         return flat(x, lay)
-    return np.array(x.transpose(lay.order), x.dtype.newbyteorder("="), order="C").reshape(-1)
+    ordered = np.empty([x.shape[a] for a in lay.order], wanted)
+    _copy(ordered.transpose(np.argsort(lay.order)), x)
+    return flat(ordered.transpose(np.argsort(lay.order)), lay)
+
+
+def _copy(to: Array, x: Array) -> None:
+    with np.errstate(all="ignore"):  # what the dtype cannot hold is infinite or 0, as in the kernels
+        np.copyto(to, x, casting="unsafe")
 
 
 class Target:
@@ -148,21 +159,19 @@ class Target:
         self._elsewhere = not is_dense(self._dense, lay)
         if self._elsewhere:
             ordered = np.empty([like.shape[a] for a in lay.order], dtype)
-            self._dense, self.flat = ordered.transpose(np.argsort(lay.order)), ordered.reshape(-1)
-        else:
-            self.flat = flat(self._dense, lay)
+            self._dense = ordered.transpose(np.argsort(lay.order))
+        self.flat = flat(self._dense, lay)
 
     def source(self, x: Array, lay: Layout, *, convert: bool = False) -> Array:
         """As `source`, but where a copy is needed it is made in this target, which may then be computed in place.
 
         x may keep a dtype other than the target's, unless `convert`.
         """
-        same = x.dtype.newbyteorder("=") == self.flat.dtype
+        same = x.dtype.newbyteorder("=") == self._dense.dtype
         if is_dense(x, lay) and (same or not convert):
             return flat(x, lay)
         if same or convert:
-            with np.errstate(all="ignore"):  # what the target's dtype cannot hold is infinite or 0, as in the kernels
-                np.copyto(self._dense, x, casting="same_kind")
+            _copy(self._dense, x)
             return self.flat
         return source(x, lay)
 

@@ -1,12 +1,12 @@
 """The verbs: `batch_norm`, `batch_norm_train`, `batch_norm_backward`."""
 
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import numpy as np
 import numpy.typing as npt
 
 from . import _check, kernels
-from ._layout import Layout, layout_of
+from ._layout import Layout, Weights, is_dense, layout_of, steps_in, weights_of
 from ._memory import Target, source
 from ._threads import run
 from .moments import Moments
@@ -23,16 +23,19 @@ def batch_norm(
     *,
     axis: int | tuple[int, ...] = 1,
     eps: float = 1e-5,
+    residual: npt.ArrayLike | None = None,
+    activation: Literal["relu"] | None = None,
     out: Array | None = None,
 ) -> Array:
     """Normalize with given statistics: inference.
 
-    ``y = (x - mean) / sqrt(var + eps) * gamma + beta``
+    ``y = activation((x - mean) / sqrt(var + eps) * gamma + beta + residual)``
 
     Parameters
     ----------
     x : (N, C, ...) array
-        float32, float64, integers or booleans; any rank and memory layout. Read only.
+        float16, bfloat16 (of the package ml_dtypes), float32, float64, integers or booleans; any rank and memory
+        layout. Read only.
     mean, var : (C,) array
         Population (running) statistics; a scalar stands for all channels.
     gamma, beta : (C,) array, optional
@@ -43,13 +46,19 @@ def batch_norm(
         NCHW is 1, NHWC is -1.
     eps : float
         Added to var. Where var + eps is 0, y is beta.
+    residual : array of x's shape, optional
+        Added before the activation. Converted to the dtype of y, and to the memory order of x.
+    activation : "relu", optional
+        max(0, .), and NaN where that is NaN.
     out : array of y's shape and dtype, optional
-        Receives y. May be x itself; other overlap with x is refused.
+        Receives y. May be x itself, or `residual`; other overlap with what is read is refused. For an x of integers or
+        booleans it decides the dtype of y.
 
     Returns
     -------
     y : array of x's shape
-        float64 for float64 x, else float32; in the memory order of x. This is `out` if given.
+        In the dtype of x; of integers and booleans float32, or that of `out` if it is floating. In the memory order of
+        x. This is `out` if given.
 
     Raises
     ------
@@ -60,8 +69,9 @@ def batch_norm(
 
     Notes
     -----
-    Reads x once, writes y once. An x that is contiguous in no order of its axes is copied first.
-    PyTorch calls gamma and beta `weight` and `bias`; Keras's default axis is -1 and its eps 1e-3.
+    Reads x (and the residual) once, writes y once, where `out` is NCHW and x NHWC, too. An x that is contiguous in no
+    order of its axes is copied first. Of half precision y is computed in float64 and rounded once. PyTorch calls gamma
+    and beta `weight` and `bias`; Keras's default axis is -1 and its eps 1e-3.
 
     References
     ----------
@@ -74,21 +84,10 @@ def batch_norm(
     array([[-1., -1.],
            [ 1.,  1.]])
     """
-    fn = "batch_norm"
-    x = _check.array(fn, "x", x)
-    lay = layout_of(x, _check.axes(fn, axis, x.shape))
-    eps = _check.eps(fn, eps)
-    mean, var = _statistics(fn, mean, var, lay, (x, axis))
-    gamma, beta = _parameters(fn, gamma, beta, lay, (x, axis))
-    state = _state(lay, gamma, beta, mean, var)
-    dtype = _check.result_dtype(x)
-    if out is not None:
-        reads = {"x": x, "mean": mean, "var": var, "gamma": gamma, "beta": beta}
-        _check.out(fn, out, x.shape, dtype, "x", reads)
-    target = Target(x, dtype, lay, out)
-    if lay.size:
-        _forward(target.source(x, lay), target.flat, state, eps, 1.0, lay, measure=False)
-    return target.finish()
+    return frozen(
+        "batch_norm", x, mean, var, gamma, beta, axis=axis, eps=eps, residual=residual, activation=activation, out=out,
+        keep=False,
+    )[0]  # fmt: skip
 
 
 def batch_norm_train(
@@ -98,25 +97,35 @@ def batch_norm_train(
     *,
     axis: int | tuple[int, ...] = 1,
     eps: float = 1e-5,
+    where: npt.ArrayLike | None = None,
+    residual: npt.ArrayLike | None = None,
+    activation: Literal["relu"] | None = None,
     out: Array | None = None,
 ) -> tuple[Array, "Saved"]:
     """Normalize with the statistics of x itself: the training forward.
 
-    ``y = (x - mean) / sqrt(var + eps) * gamma + beta``, with the mean and the variance (divided by n) of each channel.
+    ``y = activation((x - mean) / sqrt(var + eps) * gamma + beta + residual)``, with the mean and the variance (divided
+    by n) of each channel.
 
     Parameters
     ----------
-    x, gamma, beta, axis, eps, out
-        As in `batch_norm`. Each channel needs at least two values.
+    x, gamma, beta, axis, eps, residual, activation, out
+        As in `batch_norm`. Each channel needs at least two values. With a residual or an activation `out` must not be
+        x, which the backward could not recover.
+    where : array that broadcasts to x's shape, optional
+        Weights of the values in the statistics: booleans, or finite numbers of at least 0. The mean is
+        sum(where * x) / sum(where), and so on. A value of weight 0 is normalized, too, but whatever it is, NaN even,
+        it moves neither the statistics nor other gradients. A channel without weight has mean 0 and variance 0.
 
     Returns
     -------
     y : array of x's shape
-        float64 for float64 x, else float32; in the memory order of x. This is `out` if given.
+        As in `batch_norm`.
     saved : Saved
         What `batch_norm_backward` needs, with the statistics in ``saved.mean``, ``saved.var`` and ``saved.moments``.
-        It refers to x, not to a copy: leave x as it is until the backward is done. With ``out=x`` it refers to y, from
-        which the backward recovers x: that costs digits where abs(beta) >> abs(gamma), and is refused where gamma is 0.
+        It refers to x and `where`, not to copies: leave them as they are until the backward is done. With ``out=x`` it
+        refers to y, from which the backward recovers x: that costs digits where abs(beta) >> abs(gamma), and is refused
+        where gamma is 0. Of y > 0, with an activation, it keeps one bit for each element.
 
     Raises
     ------
@@ -131,8 +140,8 @@ def batch_norm_train(
     empty x gives an empty y. NaN and Inf stay in their channel.
 
     Where a channel's values fit in the cache (NCHW up to 2 MB a channel, (N, D) with N up to 512) x is read once and y
-    written once; where they do not (NHWC images, larger batches) x is read twice. An x that is contiguous in no order
-    of its axes is copied first.
+    written once; where they do not (NHWC images, larger batches) x is read twice. The residual is read once. An x that
+    is contiguous in no order of its axes is copied first.
 
     References
     ----------
@@ -150,39 +159,60 @@ def batch_norm_train(
     """
     fn = "batch_norm_train"
     x = _check.array(fn, "x", x)
-    lay = layout_of(x, _check.axes(fn, axis, x.shape))
+    axes = _check.axes(fn, axis, x.shape)
+    lay = layout_of(x, axes)
     eps = _check.eps(fn, eps)
     gamma, beta = _parameters(fn, gamma, beta, lay, (x, axis))
     state = _state(lay, gamma, beta)
     _check.more_than_one(fn, lay, x, axis)
-    dtype = _check.result_dtype(x)
-    overwritten = out is not None and _check.out(fn, out, x.shape, dtype, "x", {"x": x, "gamma": gamma, "beta": beta})
+    dtype = _check.result_dtype(x, out)
+    relu, z = _check.activation(fn, activation), None if residual is None else _check.residual(fn, residual, x.shape)
+    w = None if where is None else _check.weights(fn, where, x.shape)
+    overwritten = ""
+    if out is not None:
+        reads = {"x": x, "gamma": gamma, "beta": beta, "residual": z, "where": w}
+        overwritten = _check.out(fn, out, x.shape, dtype, ("x", "residual"), reads)
+        if overwritten == "x":
+            _check.invertible(fn, relu, z)
+    weights = None if w is None else weights_of(w, x.shape, axes, lay)
+    bits = np.empty(lay.whole.words, np.uint16) if relu else None
+    count = float(lay.per_channel) if weights is None else weights.totals
     target = Target(x, dtype, lay, out)
     if lay.size:
-        _forward(target.source(x, lay), target.flat, state, eps, float(lay.per_channel), lay, measure=True)
+        given = source(x, lay) if overwritten == "residual" else target.source(x, lay)
+        part = None if z is None else source(z, lay, dtype)
+        _forward(given, target.flat, state, eps, count, lay, part, bits, weights, measure=True)
     y = target.finish()
     saved = Saved(
-        np.asarray(y) if overwritten else x, lay, state, eps,
-        dtypes=(_dtype_of(gamma, dtype), _dtype_of(beta, dtype)), frozen=False, overwritten=overwritten,
+        np.asarray(y) if overwritten == "x" else x, lay, state, eps,
+        dtypes=(dtype, _dtype_of(gamma, dtype), _dtype_of(beta, dtype)), frozen=False,
+        overwritten=overwritten == "x", residual=z is not None, bits=bits, weights=weights,
     )  # fmt: skip
     return y, saved
 
 
-def batch_norm_backward(dy: npt.ArrayLike, saved: "Saved", *, out: Array | None = None) -> tuple[Array, Array, Array]:
+def batch_norm_backward(dy: npt.ArrayLike, saved: "Saved", *, out: Array | None = None) -> tuple[Array, ...]:
     """Gradients of a `batch_norm_train`, given the gradient `dy` of its y.
 
-    With xhat = (x - mean) / sqrt(var + eps), and sums and means over the n values of a channel::
+    With xhat = (x - mean) / sqrt(var + eps), g = dy (with an activation 0 where y is not above 0), and sums over the
+    values of a channel, n in number::
 
-        dbeta  = sum(dy)
-        dgamma = sum(dy * xhat)
-        dx     = gamma / sqrt(var + eps) * (dy - mean(dy) - xhat * mean(dy * xhat))
+        dbeta     = sum(g)
+        dgamma    = sum(g * xhat)
+        dx        = gamma / sqrt(var + eps) * (g - dbeta / n - xhat * dgamma / n)
+        dresidual = g
 
-    and ``dx = gamma / sqrt(var + eps) * dy`` if the statistics were held fixed (`Saved.fixed`).
+    and ``dx = gamma / sqrt(var + eps) * g`` if the statistics were held fixed (`Saved.fixed`). With weights n is their
+    sum, and the two terms that come from the statistics bear the weight of their element::
+
+        dx = gamma / sqrt(var + eps) * (g - where * (dbeta / n + xhat * dgamma / n))
+
+    An element of weight 0 whose x or dy is not finite is left out of the sums.
 
     Parameters
     ----------
     dy : array of x's shape
-        float32 or float64; converted to the dtype of y. Read only, unless it is `out`.
+        Floating; converted to the dtype of y. Read only, unless it is `out`.
     saved : Saved
         From `batch_norm_train`, or from `Saved.fixed`. It can be used again.
     out : array of y's shape and dtype, optional
@@ -193,7 +223,9 @@ def batch_norm_backward(dy: npt.ArrayLike, saved: "Saved", *, out: Array | None 
     dx : array of x's shape
         In the dtype of y and the memory order of x. This is `out` if given.
     dgamma, dbeta : (C,) array
-        In the dtypes of gamma and beta, or that of y where they were omitted or are integers.
+        In the dtypes of gamma and beta; where they were omitted or are integers, in that of y, but float32 at least.
+    dresidual : array of x's shape
+        If the forward had a residual; as dx.
 
     Raises
     ------
@@ -229,13 +261,16 @@ def batch_norm_backward(dy: npt.ArrayLike, saved: "Saved", *, out: Array | None 
     x, lay = saved.x, saved._layout
     if _form(x) != saved._seen:  # NumPy lets shape and dtype be set
         raise ValueError(f"{fn}: saved.x is {_form(x)}, expected {saved._seen} as in the forward: (shape, dtype)")
-    dtype = _check.result_dtype(x)
+    dtype = saved._dtypes[0]
     dy = _check.gradient(fn, dy, x.shape)
+    w, bits = saved._weights, saved._bits
     if out is not None:
-        _check.out(fn, out, x.shape, dtype, "dy", {"x": x, "dy": dy})
+        reads = {"x": x, "dy": dy, "where": None if w is None else w.flat}
+        _check.out(fn, out, x.shape, dtype, ("dy",), reads)
     if saved._overwritten:
         _check.no_zero(fn, saved._state[2])
     target = Target(x, dtype, lay, out)
+    residual = Target(x, dtype, lay, None) if saved._residual else None
     grads = np.zeros((2, lay.channels))
     if lay.size:
         grid = lay.split if saved.frozen else lay.whole
@@ -243,15 +278,17 @@ def batch_norm_backward(dy: npt.ArrayLike, saved: "Saved", *, out: Array | None 
         given = target.source(dy, lay, convert=True)
         run(
             kernel, lay.size, given, source(x, lay), target.flat, saved._state, saved.eps, saved._divisor, grads,
-            saved.frozen, saved._overwritten, grid.sizes,
+            saved.frozen, saved._overwritten, grid.sizes, None if residual is None else residual.flat, bits,
+            None if w is None else w.flat, None if w is None else w.step,
         )  # fmt: skip
     with np.errstate(all="ignore"):  # dx is written: a sum beyond float32 is infinite, as it is there
-        dgamma, dbeta = (g.reshape(lay.channel_shape).astype(d) for g, d in zip(grads, saved._dtypes, strict=True))
-    return target.finish(), dgamma, dbeta
+        dgamma, dbeta = (g.reshape(lay.channel_shape).astype(d) for g, d in zip(grads, saved._dtypes[1:], strict=True))
+    dx = target.finish()
+    return (dx, dgamma, dbeta) if residual is None else (dx, dgamma, dbeta, residual.finish())
 
 
 class Saved:
-    """What the backward needs of a forward: x (by reference), statistics and parameters.
+    """What the backward needs of a forward: x and weights (by reference), statistics and parameters, signs of y.
 
     `batch_norm_train` returns one; `fixed` makes one for a forward whose statistics were given.
 
@@ -263,21 +300,24 @@ class Saved:
         The statistics that normalized x; var is divided by n.
     moments : Moments
         The same with the count, for `update_running` and merging.
-    count : int
-        Values per channel.
+    count : int or (C,) float64 array
+        Values per channel; with weights their sum.
     frozen : bool
         Whether the statistics were given, not computed from x.
     """
 
-    __slots__ = ("_dtypes", "_layout", "_overwritten", "_seen", "_state", "_x", "eps", "frozen")
+    __slots__ = (
+        "_bits", "_dtypes", "_layout", "_overwritten", "_residual", "_seen", "_state", "_weights", "_x", "eps", "frozen"
+    )  # fmt: skip
 
     def __init__(
-        self, x: Array, lay: Layout, state: Array, eps: float, *,
-        dtypes: tuple[np.dtype[Any], np.dtype[Any]], frozen: bool, overwritten: bool,
+        self, x: Array, lay: Layout, state: Array, eps: float, *, dtypes: tuple[np.dtype[Any], ...], frozen: bool,
+        overwritten: bool, residual: bool, bits: Array | None, weights: Weights | None,
     ) -> None:  # fmt: skip
         self._x, self._layout, self._state, self.eps = x, lay, state, eps
         self._seen = _form(x)
-        self._dtypes, self.frozen, self._overwritten = dtypes, frozen, overwritten
+        self._dtypes, self.frozen, self._overwritten = dtypes, frozen, overwritten  # of y, dgamma and dbeta
+        self._residual, self._bits, self._weights = residual, bits, weights
 
     @classmethod
     def fixed(
@@ -290,11 +330,13 @@ class Saved:
         *,
         axis: int | tuple[int, ...] = 1,
         eps: float = 1e-5,
+        residual: npt.ArrayLike | None = None,
+        activation: Literal["relu"] | None = None,
     ) -> Self:
         """For the backward of ``batch_norm(x, mean, var, gamma, beta)``: a frozen layer.
 
         Parameters and errors are those of `batch_norm`. It refers to x: an inference call by itself keeps nothing
-        alive.
+        alive. With an activation y is computed, for its signs, and dropped.
 
         Examples
         --------
@@ -303,17 +345,12 @@ class Saved:
         >>> fastbn.batch_norm_backward(np.ones((4, 2)), saved)[0][0]
         array([1. , 0.5])
         """
-        fn = "Saved.fixed"
-        x = _check.array(fn, "x", x)
-        lay = layout_of(x, _check.axes(fn, axis, x.shape))
-        mean, var = _statistics(fn, mean, var, lay, (x, axis))
-        gamma, beta = _parameters(fn, gamma, beta, lay, (x, axis))
-        state = _state(lay, gamma, beta, mean, var)
-        dtype = _check.result_dtype(x)
-        return cls(
-            x, lay, state, _check.eps(fn, eps),
-            dtypes=(_dtype_of(gamma, dtype), _dtype_of(beta, dtype)), frozen=True, overwritten=False,
-        )  # fmt: skip
+        saved = frozen(
+            "Saved.fixed", x, mean, var, gamma, beta, axis=axis, eps=eps, residual=residual, activation=activation,
+            out=None, keep=True, write=activation is not None,
+        )[1]  # fmt: skip
+        assert isinstance(saved, cls)
+        return saved
 
     @property
     def x(self) -> Array:
@@ -321,9 +358,11 @@ class Saved:
         return self._x
 
     @property
-    def count(self) -> int:
-        """Values per channel."""
-        return self._layout.per_channel
+    def count(self) -> Any:
+        """Values per channel, an int; with weights their sums, a float64 array."""
+        if self._weights is None:
+            return self._layout.per_channel
+        return self._weights.totals.reshape(self._layout.channel_shape).copy()
 
     @property
     def mean(self) -> Array:
@@ -334,8 +373,10 @@ class Saved:
     @property
     def var(self) -> Array:
         """Variance per channel, divided by n, float64."""
+        n = self._divisor
         with np.errstate(all="ignore"):  # whatever the caller's: a subnormal variance is no error
-            return np.asarray((self._state[1] / self._divisor).reshape(self._layout.channel_shape))
+            var = self._state[1] / (n if self._weights is None else np.where(n == 0, 1.0, n))
+        return np.asarray(var.reshape(self._layout.channel_shape))
 
     @property
     def moments(self) -> Moments:
@@ -350,14 +391,16 @@ class Saved:
         mean, m2, _, _ = self._state
         if len(self._layout.channel_shape) != 1:
             mean, m2 = (a.reshape(self._layout.channel_shape) for a in (mean, m2))
-        return Moments.trusted(self._layout.per_channel, mean, m2)
+        return Moments.trusted(self.count, mean, m2)
 
     def __repr__(self) -> str:
         return f"Saved(x={self.x.dtype}{self.x.shape}, channels={self._layout.channel_shape}, frozen={self.frozen})"
 
     @property
-    def _divisor(self) -> float:
+    def _divisor(self) -> Any:
         # A forward leaves m2 in the second row of the state; where the statistics were given it is the variance.
+        if self._weights is not None:
+            return self._weights.totals
         return 1.0 if self.frozen else float(max(self.count, 1))
 
 
@@ -400,14 +443,79 @@ def _row(parameter: Array) -> Array:
     return parameter if parameter.ndim < 2 else parameter.reshape(-1)
 
 
-def _dtype_of(parameter: Array | None, default: np.dtype[Any]) -> np.dtype[Any]:
+def _dtype_of(parameter: Array | None, y: np.dtype[Any]) -> np.dtype[Any]:
+    """That of a parameter's gradient."""
+    default = y if y.itemsize > 2 else np.dtype(np.float32)
     if parameter is None:
         return default
     dtype = parameter.dtype
-    return default if dtype.kind != "f" else dtype if dtype.isnative else dtype.newbyteorder("=")
+    return default if not _check.floating(dtype) else dtype if dtype.isnative else dtype.newbyteorder("=")
 
 
-def _forward(x: Array, y: Array, state: Array, eps: float, count: float, lay: Layout, *, measure: bool) -> None:
+def _forward(
+    x: Array, y: Array, state: Array, eps: float, count: Any, lay: Layout, z: Array | None, relu: Any,
+    weights: Weights | None, *, measure: bool,
+) -> None:  # fmt: skip
     grid = lay.whole if measure else lay.split
-    kernel = kernels.forward.forward_runs if grid.runs else kernels.forward.forward_rows
-    run(kernel, lay.size, x, y, state, eps, count, measure, True, grid.sizes)
+    flat, step = (None, None) if weights is None else (weights.flat, weights.step)
+    arguments = x, y, state, eps, count, measure, True, grid.sizes, z, relu, flat, step
+    if grid.runs:
+        run(kernels.forward.forward_runs, lay.size, *arguments, None)
+    else:
+        run(kernels.forward.forward_rows, lay.size, *arguments)
+
+
+def frozen(
+    fn: str, x: Any, mean: Any, var: Any, gamma: Any, beta: Any, *, axis: Any, eps: Any, residual: Any, activation: Any,
+    out: Any, keep: bool, write: bool = True,
+) -> tuple[Array, Saved | None]:  # fmt: skip
+    """y with given statistics, and what the backward needs if it is to `keep` that. Not to `write` y: it is nonsense.
+
+    Parameters and errors are those of `batch_norm`, in the name of `fn`.
+    """
+    x = _check.array(fn, "x", x)
+    axes = _check.axes(fn, axis, x.shape)
+    lay = layout_of(x, axes)
+    eps = _check.eps(fn, eps)
+    mean, var = _statistics(fn, mean, var, lay, (x, axis))
+    gamma, beta = _parameters(fn, gamma, beta, lay, (x, axis))
+    state = _state(lay, gamma, beta, mean, var)
+    dtype = _check.result_dtype(x, out)
+    relu, z = _check.activation(fn, activation), None if residual is None else _check.residual(fn, residual, x.shape)
+    if out is not None:
+        reads = {"x": x, "mean": mean, "var": var, "gamma": gamma, "beta": beta, "residual": z}
+        _check.out(fn, out, x.shape, dtype, ("x", "residual"), reads)
+    bits = np.empty(lay.split.words, np.uint16) if relu and keep else None
+    y = _inference(x, axes, lay, state, eps, z, (relu or None) if bits is None else bits, dtype, out) if write else x
+    if not keep:
+        return y, None
+    return y, Saved(
+        x, lay, state, eps, dtypes=(dtype, _dtype_of(gamma, dtype), _dtype_of(beta, dtype)), frozen=True,
+        overwritten=False, residual=z is not None, bits=bits, weights=None,
+    )  # fmt: skip
+
+
+def _inference(
+    x: Array, axes: tuple[int, ...], lay: Layout, state: Array, eps: float, z: Array | None, relu: Any,
+    dtype: np.dtype[Any], out: Array | None,
+) -> Array:  # fmt: skip
+    """y with given statistics. `relu` is None, True, or the array that receives the bits of y > 0."""
+    kept = isinstance(relu, np.ndarray)  # bits in the order of x
+    if out is not None and lay.size and not kept and is_dense(x, lay) and not is_dense(np.asarray(out), lay):
+        # In another order than x: where that has long runs, x is read in it, wherever it lies.
+        other = layout_of(out, axes)
+        far = steps_in(x, axes, other) if other.split.runs and is_dense(np.asarray(out), other) else None
+        if far is not None:
+            target, part = Target(x, dtype, other, out), None if z is None else source(z, other, dtype)
+            run(
+                kernels.forward.forward_runs, lay.size, source(x, lay), target.flat, state, eps, 1.0, False, True,
+                other.split.sizes, part, relu, None, None, far,
+            )  # fmt: skip
+            return target.finish()
+    target = Target(x, dtype, lay, out)
+    if lay.size:
+        safe = z is None or out is None or not np.may_share_memory(out, z)
+        given = target.source(x, lay) if safe else source(x, lay)
+        part = None if z is None else source(z, lay, dtype)
+        _forward(given, target.flat, state, eps, 1.0, lay, part, relu, None, measure=False)
+    return target.finish()

@@ -1,13 +1,13 @@
 """BatchNorm: parameters and running statistics over the verbs."""
 
 from collections.abc import Iterable, Mapping
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import numpy as np
 import numpy.typing as npt
 
 from . import _check
-from .functional import Saved, batch_norm, batch_norm_backward, batch_norm_train
+from .functional import Saved, batch_norm_backward, batch_norm_train, frozen
 from .moments import Moments, both_moved, moments, seen
 
 Array = npt.NDArray[Any]
@@ -39,6 +39,8 @@ class BatchNorm:
         Whether there is a beta, a gamma.
     track_running_stats : bool
         False: no running statistics; evaluation uses those of its input too.
+    activation : "relu", optional
+        Applied to y, and to its gradient.
     dtype : "float32" or "float64"
         Of parameters and running statistics.
 
@@ -52,6 +54,8 @@ class BatchNorm:
         Training calls so far.
     dgamma, dbeta : (C,) array or None
         From the last `backward`.
+    dresidual : array or None
+        From the last `backward`, if the call before it had a residual.
     training : bool
         See `train` and `eval`.
 
@@ -85,6 +89,7 @@ class BatchNorm:
         center: bool = True,
         scale: bool = True,
         track_running_stats: bool = True,
+        activation: Literal["relu"] | None = None,
         dtype: npt.DTypeLike = "float32",
     ) -> None:
         fn = "BatchNorm"
@@ -94,6 +99,8 @@ class BatchNorm:
         self.momentum = None if momentum is None else _check.number(fn, "momentum", momentum, 0.0, 1.0)
         self.correction = _check.correction(fn, correction)
         self.track_running_stats = _check.flag(fn, "track_running_stats", track_running_stats)
+        _check.activation(fn, activation)
+        self.activation = activation
         self.dtype = _check.parameter_dtype(fn, dtype)
         scale, center = _check.flag(fn, "scale", scale), _check.flag(fn, "center", center)
         self.gamma = np.ones(shape, self.dtype) if scale else None
@@ -107,6 +114,7 @@ class BatchNorm:
         self.training = True
         self.dgamma: Array | None = None
         self.dbeta: Array | None = None
+        self.dresidual: Array | None = None
         self._pool = Moments.empty(shape)
         self._saved: Saved | None = None
 
@@ -119,17 +127,30 @@ class BatchNorm:
         """Switch to evaluation; returns the layer."""
         return self.train(False)
 
-    def __call__(self, x: npt.ArrayLike, *, save: bool | None = None, out: Array | None = None) -> Array:
+    def __call__(
+        self,
+        x: npt.ArrayLike,
+        *,
+        residual: npt.ArrayLike | None = None,
+        where: npt.ArrayLike | None = None,
+        save: bool | None = None,
+        out: Array | None = None,
+    ) -> Array:
         """Normalize x.
 
         Parameters
         ----------
         x : array
             With C channels along `axis`; see `batch_norm`.
+        residual : array of x's shape, optional
+            Added before the activation.
+        where : array that broadcasts to x's shape, optional
+            Weights of the values in the statistics, as in `batch_norm_train`. Where the running statistics normalize,
+            they change nothing.
         save : bool, optional
             Keep what `backward` needs (a reference to x) until the next call. By default in training only.
         out : array, optional
-            Receives y; may be x itself.
+            Receives y; may be x itself (in training without residual and activation), or `residual`.
 
         Returns
         -------
@@ -153,7 +174,10 @@ class BatchNorm:
                 if isinstance(out, np.ndarray):
                     _check.apart(fn, "out", out, "running_mean", mean)
                     _check.apart(fn, "out", out, "running_var", var)
-            y, saved = batch_norm_train(x, self.gamma, self.beta, axis=self.axis, eps=self.eps, out=out)
+            y, saved = batch_norm_train(
+                x, self.gamma, self.beta, axis=self.axis, eps=self.eps, where=where, residual=residual,
+                activation=self.activation, out=out,
+            )  # fmt: skip
             kept = saved if save else None
             if tracks and seen(saved.count):
                 after, pool = self._after(mean, var, saved)
@@ -166,12 +190,16 @@ class BatchNorm:
         mean, var = self._running(fn)
         if save and out is not None:
             _check.not_in_place(fn, out, x)
-        y = batch_norm(x, mean, var, self.gamma, self.beta, axis=self.axis, eps=self.eps, out=out)
-        self._saved = Saved.fixed(x, mean, var, self.gamma, self.beta, axis=self.axis, eps=self.eps) if save else None
+        if where is not None:
+            _check.weights(fn, where, x.shape)
+        y, self._saved = frozen(
+            "batch_norm", x, mean, var, self.gamma, self.beta, axis=self.axis, eps=self.eps, residual=residual,
+            activation=self.activation, out=out, keep=save,
+        )  # fmt: skip
         return y
 
     def backward(self, dy: npt.ArrayLike, *, out: Array | None = None) -> Array:
-        """Gradient of the last call's x, given that of its y; sets `dgamma` and `dbeta`.
+        """Gradient of the last call's x, given that of its y; sets `dgamma`, `dbeta` and `dresidual`.
 
         After an evaluation call with ``save=True`` the running statistics count as constants.
 
@@ -197,9 +225,10 @@ class BatchNorm:
                 "BatchNorm.backward: there is no forward to go back through; expected a call in training, or one with "
                 "save=True in evaluation, before it"
             )
-        dx, dgamma, dbeta = batch_norm_backward(dy, self._saved, out=out)
+        dx, dgamma, dbeta, *more = batch_norm_backward(dy, self._saved, out=out)
         self.dgamma = dgamma if self.gamma is not None else None
         self.dbeta = dbeta if self.beta is not None else None
+        self.dresidual = more[0] if more else None
         return dx
 
     def fit_population(self, batches: Iterable[npt.ArrayLike]) -> Self:
@@ -260,7 +289,8 @@ class BatchNorm:
 
         Notes
         -----
-        Folded, digits are lost where abs(mean) is large beside the standard deviation; `batch_norm` does not lose them.
+        The activation stays to be applied. Folded, digits are lost where abs(mean) is large beside the standard
+        deviation; `batch_norm` does not lose them.
         """
         fn = "BatchNorm.fold"
         self._running(fn)
@@ -336,7 +366,9 @@ class BatchNorm:
         return self
 
     def __repr__(self) -> str:
-        options = {"axis": 1, "eps": 1e-5, "momentum": 0.9, "correction": 1, "track_running_stats": True}
+        options = {
+            "axis": 1, "eps": 1e-5, "momentum": 0.9, "correction": 1, "track_running_stats": True, "activation": None,
+        }  # fmt: skip
         shown = [f"{k}={getattr(self, k)!r}" for k, default in options.items() if getattr(self, k) != default]
         shown += [f"{k}=False" for k, a in (("center", self.beta), ("scale", self.gamma)) if a is None]
         shown += [f"dtype={self.dtype.name!r}"] if self.dtype != np.float32 else []

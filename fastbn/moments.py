@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 
 from . import _check, kernels
-from ._layout import layout_of
+from ._layout import layout_of, weights_of
 from ._memory import source
 from ._threads import run
 
@@ -150,20 +150,22 @@ class Moments:
         return var if isinstance(n, int) else np.where(n > 0, var, np.nan)
 
 
-def moments(x: npt.ArrayLike, *, axis: int | tuple[int, ...] = 1) -> Moments:
+def moments(x: npt.ArrayLike, *, axis: int | tuple[int, ...] = 1, where: npt.ArrayLike | None = None) -> Moments:
     """Count, mean and centred sum of squares of each channel.
 
     Parameters
     ----------
     x : (N, C, ...) array
-        float32, float64, integers or booleans; any rank and memory layout. Read only.
+        Of any dtype that `batch_norm` takes; any rank and memory layout. Read only.
     axis : int or tuple of ints
         The **channel** axis, as in `batch_norm`; all others are reduced. ``()``: the whole array, shape ``()``.
+    where : array that broadcasts to x's shape, optional
+        Weights of the values: booleans, or finite numbers of at least 0. What has weight 0 may be NaN.
 
     Returns
     -------
     Moments
-        In float64. Of an empty x: count 0.
+        In float64. Of an empty x: count 0. With weights the count is their sum in each channel.
 
     Raises
     ------
@@ -184,15 +186,22 @@ def moments(x: npt.ArrayLike, *, axis: int | tuple[int, ...] = 1) -> Moments:
     """
     fn = "moments"
     x = _check.array(fn, "x", x)
-    lay = layout_of(x, _check.axes(fn, axis, x.shape))
+    axes = _check.axes(fn, axis, x.shape)
+    lay = layout_of(x, axes)
+    w = None if where is None else weights_of(_check.weights(fn, where, x.shape), x.shape, axes, lay)
     stats = np.zeros((2, lay.channels))
+    count = float(lay.per_channel) if w is None else w.totals
     if lay.size:
-        flat = source(x, lay)
-        no_y = np.empty(0, _check.result_dtype(x))
-        kernel = kernels.forward.forward_runs if lay.whole.runs else kernels.forward.forward_rows
-        run(kernel, lay.size, flat, no_y, stats, 0.0, float(lay.per_channel), True, False, lay.whole.sizes)
+        given = source(x, lay)
+        no_y = given[:0] if _check.floating(x.dtype) else np.empty(0, np.float32)
+        flat, step = (None, None) if w is None else (w.flat, w.step)
+        arguments = given, no_y, stats, 0.0, count, True, False, lay.whole.sizes, None, None, flat, step
+        if lay.whole.runs:
+            run(kernels.forward.forward_runs, lay.size, *arguments, None)
+        else:
+            run(kernels.forward.forward_rows, lay.size, *arguments)
     mean, m2 = (s.reshape(lay.channel_shape) for s in stats)
-    return Moments.trusted(lay.per_channel, mean, m2)
+    return Moments.trusted(lay.per_channel if w is None else w.totals.reshape(lay.channel_shape), mean, m2)
 
 
 def update_running(

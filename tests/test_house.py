@@ -36,6 +36,7 @@ ORDER = [
     ["kernels.forward", "kernels.yardsticks"],
     ["kernels.leaves"],
     ["kernels.lanes"],
+    ["kernels.halves"],
     ["kernels.plain"],
     ["kernels.grid", "kernels"],
     ["_jit"],

@@ -12,13 +12,13 @@ X = np.arange(40, dtype="float32")
 @pytest.mark.parametrize("i", [0, 3, 40 - LANES])
 def test_whole_pieces(i):
     expected = np.arange(i, i + LANES)
-    np.testing.assert_array_equal(plain.load(X, i), expected)
-    np.testing.assert_array_equal(plain.load64(X, i), expected)
-    assert (plain.load(X, i).dtype, plain.load64(X, i).dtype) == (np.float32, np.float64)
+    np.testing.assert_array_equal(plain.load(X, i, LANES, X), expected)
+    np.testing.assert_array_equal(plain.load64(X, i, LANES), expected)
+    assert (plain.load(X, i, LANES, X).dtype, plain.load64(X, i, LANES).dtype) == (np.float32, np.float64)
     y = X.copy()
-    plain.store(y, i, -plain.load64(X, i))
+    plain.store(y, i, LANES, -plain.load64(X, i, LANES))
     np.testing.assert_array_equal(y, np.where((i <= X) & (i + LANES > X), -X, X))
-    plain.store(y, i, np.float64(7))
+    plain.store(y, i, LANES, np.float64(7))
     np.testing.assert_array_equal(y, np.where((i <= X) & (i + LANES > X), 7, X))
 
 
@@ -26,40 +26,44 @@ def test_whole_pieces(i):
 def test_last_pieces(i, n):
     expected = np.zeros(LANES)
     expected[:n] = np.arange(i, i + n)
-    np.testing.assert_array_equal(plain.load_part(X, i, n), expected)
-    np.testing.assert_array_equal(plain.load64_part(X, i, n), expected)
-    assert (plain.load_part(X, i, n).dtype, plain.load64_part(X, i, n).dtype) == (np.float32, np.float64)
+    np.testing.assert_array_equal(plain.load(X, i, n, X), expected)
+    np.testing.assert_array_equal(plain.load64(X, i, n), expected)
+    assert (plain.load(X, i, n, X).dtype, plain.load64(X, i, n).dtype) == (np.float32, np.float64)
     y = X.copy()
-    plain.store_part(y, i, n, np.full(LANES, -1.0))
+    plain.store(y, i, n, np.full(LANES, -1.0))
     np.testing.assert_array_equal(y, np.where((i <= X) & (i + n > X), -1, X))
 
 
 @pytest.mark.parametrize("i", [-1, -16, 40 - LANES + 1, 39, 40, 1000])
 def test_a_piece_that_is_not_whole_is_refused(i):
     y = X.copy()
-    for call in (plain.load, plain.load64):
+    for call in (lambda x, i: plain.load(x, i, LANES, x), lambda x, i: plain.load64(x, i, LANES)):
         with pytest.raises(IndexError, match=f"^lanes {i} to {i + LANES} of an array of 40$"):
             call(X, i)
     with pytest.raises(IndexError, match="of an array of 40"):
-        plain.store(y, i, np.zeros(LANES))
+        plain.store(y, i, LANES, np.zeros(LANES))
     np.testing.assert_array_equal(y, X)
 
 
 @pytest.mark.parametrize(("i", "n"), [(-1, 3), (38, 3), (40, 1), (0, 17), (0, -1), (41, 0), (25, 16)])
 def test_a_last_piece_that_is_not_all_there_is_refused(i, n):
     y = X.copy()
-    for call in (plain.load_part, plain.load64_part):
+    for call in (lambda x, i, n: plain.load(x, i, n, x), plain.load64):
         with pytest.raises(IndexError, match="of an array of 40"):
             call(X, i, n)
     with pytest.raises(IndexError, match="of an array of 40"):
-        plain.store_part(y, i, n, np.zeros(LANES))
+        plain.store(y, i, n, np.zeros(LANES))
     np.testing.assert_array_equal(y, X)
 
 
 @pytest.mark.parametrize("lanes", [np.zeros(15), np.zeros(17), np.zeros(1), np.zeros((1, LANES))])
 def test_a_value_of_other_than_sixteen_lanes_is_refused(lanes):
     y = X.copy()
-    for call in (plain.store, lambda y, i, v: plain.store_part(y, i, 1, v), lambda y, i, v: plain.only(v, 1)):
+    for call in (
+        lambda y, i, v: plain.store(y, i, LANES, v),
+        lambda y, i, v: plain.store(y, i, 1, v),
+        lambda y, i, v: plain.only(v, 1),
+    ):
         with pytest.raises(IndexError, match=r"^\(.*\) lanes, expected 16$"):
             call(y, 0, lanes)
     np.testing.assert_array_equal(y, X)

@@ -95,7 +95,7 @@ def forward_of(case, x, state, count, measure, write):
     kernel = forward.forward_runs if is_runs else forward.forward_rows
     room, y = guarded(np.full(x.size, 55, x.dtype))
     given_room, given = guarded(x)
-    kernel.serial(given, y, state, EPS, count, measure, write, sizes)
+    kernel.serial(given, y, state, EPS, count, measure, write, sizes, *(None,) * (5 if is_runs else 4))
     untouched(room)
     untouched(given_room)
     np.testing.assert_array_equal(given, x.ravel())
@@ -145,7 +145,7 @@ def backward_of(case, dy, x, state, count, frozen, overwritten):
     grads = np.full((2, shape[1]), 33.0)
     before = state.copy()
     rooms, (given, flat_x, dx) = zip(*(guarded(a) for a in (dy, x, np.full_like(x, 55))), strict=True)
-    kernel.serial(given, flat_x, dx, state, EPS, count, grads, frozen, overwritten, sizes)
+    kernel.serial(given, flat_x, dx, state, EPS, count, grads, frozen, overwritten, sizes, None, None, None, None)
     for room in rooms:
         untouched(room)
     np.testing.assert_array_equal(given, dy.ravel())
@@ -187,8 +187,10 @@ def test_fused_tiles_give_the_bits_of_one(build):
         x, dy, _, _, gamma, beta = arrays(shape, "float32")
         state, y, grads = np.stack([0 * gamma, 0 * gamma, gamma, beta]), np.empty(x.size, x.dtype), np.empty((2, 7))
         dx = np.empty_like(y)
-        getattr(forward.forward_runs, build)(x.ravel(), y, state, EPS, 250.0, True, True, sizes)
-        arguments = dy.ravel(), x.ravel(), dx, state, EPS, 250.0, grads, False, False, sizes
+        getattr(forward.forward_runs, build)(
+            x.ravel(), y, state, EPS, 250.0, True, True, sizes, None, None, None, None, None
+        )
+        arguments = dy.ravel(), x.ravel(), dx, state, EPS, 250.0, grads, False, False, sizes, None, None, None, None
         getattr(backward.backward_runs, build)(*arguments)
         found.add((y.tobytes(), state.tobytes(), dx.tobytes(), grads.tobytes()))
     assert len(found) == 1

@@ -1,54 +1,100 @@
 """Gradients over the tiles: one kernel for long inner runs, one for short ones.
 
-With xhat = (x - mean) * invstd and sums over the n values of a channel (Ioffe & Szegedy 2015, section 3, with the two
-terms of the mean and the variance written out):
+With xhat = (x - mean) * invstd, g = dy where y > 0 (everywhere, without an activation) and sums over the n values of a
+channel (Ioffe & Szegedy 2015, section 3, with the two terms of the mean and the variance written out):
 
-    dbeta  = sum(dy)
-    dgamma = sum(dy * xhat)
-    dx     = gamma * invstd * (dy - dbeta / n - xhat * dgamma / n)
+    dbeta  = sum(g)
+    dgamma = sum(g * xhat)
+    dx     = gamma * invstd * (g - w * (dbeta / n + xhat * dgamma / n))
+    dz     = g
 
-and with the statistics held fixed (`frozen`) dx = gamma * invstd * dy. `state` holds the rows mean, m2, gamma and beta
-of the forward, as it left them; `grads` receives the rows dgamma and dbeta.
+where the weights w are those of the statistics, n is their sum, and 1 stands for them if there are none. With the
+statistics held fixed (`frozen`) dx = gamma * invstd * g. `state` holds the rows mean, m2, gamma and beta of the
+forward, as it left them; `grads` receives the rows dgamma and dbeta.
+
+What a call has not is None, as in `forward`: dz, relu (the bits that the forward has left) and w. An element of weight
+0 whose x or dy is not finite adds nothing to the sums.
 
 Memory traffic: fused tiles read dy and x once and write dx once, and so does the frozen backward. Split tiles read dy
-and x twice, the second time from the end. dx may be dy.
+and x twice, the second time from the end. dz is written once, with dx. dx may be dy.
 """
 
 import numpy as np
 
 from .._jit import elementwise, exact, kernel, prange
-from .forward import APART, FUSED, NO, ONE, SUMS, WRITE, ZERO, fold_columns, spread, strip_room
+from .forward import APART, FUSED, NO, ONE, SUMS, WRITE, ZERO, fold_columns, spread, strip_room, strip_words
 from .grid import AHEAD, SEGMENT, TERMS
 from .lanes import (
     LANES,
     apart,
     compact,
+    guarded,
+    inside,
+    like,
     load,
     load64,
-    load64_part,
-    load_part,
     minus,
     muladd,
+    of_channel,
     only,
+    passed,
     plus,
     prefetch,
+    row,
+    rows_like,
     store,
-    store_part,
     times,
     total,
     zeros,
 )
-from .leaves import PIECE, add, add_exactly, add_up, ahead, inverse_std, normalize_rows, normalize_run
+from .leaves import (
+    PIECE,
+    add,
+    add_exactly,
+    add_up,
+    ahead,
+    inverse_std,
+    row_weights,
+    run_weights,
+    variance,
+)
 
 FROZEN = 3  # sums and dx of a tile at once: dx does not wait for the sums
 
 
-# ------------------------------------------------------------------------------------------------------------- leaves
+# -------------------------------------------------------------------------------------------------------------- pieces
 
 
 @elementwise
-def run_products(dy, x, low, high, centre):
-    """sum(dy) and sum(dy * (x - centre)) from `low` to `high`, of no more than TERMS pieces."""
+def products(dy, x, i, n, centre, relu, word, w, j):
+    """g and x - centre of a piece."""
+    weight = load64(w, j, n)
+    g = guarded(passed(load64(dy, i, n), relu, word), weight)
+    return g, guarded(only(minus(load64(x, i, n), centre), n), weight)  # 0 * inf, of a given mean, would be NaN
+
+
+@elementwise
+def gradient(dy, x, dx, i, n, scale, weight, slope, centre, shift, dz, relu, word, w, j):
+    """A piece of dx = scale * g + w * (weight * ((x - centre) * slope) + shift), and of dz = g.
+
+    Without x, of dx = scale * g, as it is where the statistics were held fixed.
+    """
+    g = passed(load(dy, i, n, dx), relu, word)
+    store(dz, i, n, g)
+    if x is None:
+        store(dx, i, n, times(g, scale))
+    else:
+        within = load(w, j, n, dx)
+        xhat = times(minus(load(x, i, n, dx), centre), slope)
+        store(dx, i, n, muladd(g, scale, times(inside(muladd(xhat, weight, shift), within), within)))
+
+
+# ---------------------------------------------------------------------------------------------------------------- sums
+
+
+@elementwise
+def run_products(dy, x, low, high, centre, relu, word, w, j):
+    """sum(g) and sum(g * (x - centre)) from `low` to `high`, of no more than TERMS pieces."""
     sss, qqq = zeros(), zeros()
     whole = high - (high - low) % LANES
     for piece in range(low, whole, PIECE):
@@ -56,166 +102,218 @@ def run_products(dy, x, low, high, centre):
         for i in range(piece, min(piece + PIECE, whole), LANES):
             prefetch(x, i + AHEAD)
             prefetch(dy, i + AHEAD)
-            g = load64(dy, i)
-            ss, qq = plus(ss, g), muladd(g, minus(load64(x, i), centre), qq)
+            g, d = products(dy, x, i, LANES, centre, relu, word + (i - low) // LANES, w, j + (i - low))
+            ss, qq = plus(ss, g), muladd(g, d, qq)
         sss, qqq = plus(sss, ss), plus(qqq, qq)
     if whole < high:
-        rest = high - whole
-        g = load64_part(dy, whole, rest)
-        d = only(minus(load64_part(x, whole, rest), centre), rest)  # a given mean may be infinite, and 0 * inf is NaN
+        g, d = products(dy, x, whole, high - whole, centre, relu, word + (whole - low) // LANES, w, j + (whole - low))
         sss, qqq = plus(sss, g), muladd(g, d, qqq)
     return total(sss), total(qqq)
 
 
 @elementwise
-def few_rows_products(dy, x, i, rows, stride, width, centre, p, sums, s, q):
+def add_rows(dy, x, a, stride, n, centre, relu, word, words, w, j, width, sums, s, q):
+    """Add a piece of two rows to their column sums."""
+    ga, da = products(dy, x, a, n, centre, relu, word, w, j)
+    gb, db = products(dy, x, a + stride, n, centre, relu, word + words, w, j + width)
+    store(sums, s, n, plus(load64(sums, s, n), plus(ga, gb)))
+    store(sums, q, n, muladd(gb, db, muladd(ga, da, load64(sums, q, n))))
+
+
+@elementwise
+def add_row(dy, x, a, n, centre, relu, word, w, j, sums, s, q):
+    """Add a piece of one row to its column sums."""
+    g, d = products(dy, x, a, n, centre, relu, word, w, j)
+    store(sums, s, n, plus(load64(sums, s, n), g))
+    store(sums, q, n, muladd(g, d, load64(sums, q, n)))
+
+
+@elementwise
+def few_rows_products(dy, x, i, rows, stride, width, centre, p, relu, word, words, w, sums, s, q):
     """Add to the column sums s and q those of `rows` rows: as `leaves.few_rows_sums`, two rows in one sweep."""
     compact()
     whole = width // LANES * LANES
     rest = width - whole
     swept = rows // 2 * 2
     for r in range(0, swept, 2):
-        a = i + r * stride
-        b = a + stride
+        a, bits = i + r * stride, word + r * words
         for j in range(0, whole, LANES):
-            far = ahead(j, width, 2 * stride)
-            prefetch(x, a + far)
-            prefetch(dy, a + far)
-            prefetch(x, b + far)
-            prefetch(dy, b + far)
-            ga, gb, v = load64(dy, a + j), load64(dy, b + j), load(centre, p + j)
-            store(sums, s + j, plus(load(sums, s + j), plus(ga, gb)))
-            products = muladd(ga, minus(load64(x, a + j), v), load(sums, q + j))
-            store(sums, q + j, muladd(gb, minus(load64(x, b + j), v), products))
+            far = a + ahead(j, width, 2 * stride)
+            prefetch(x, far)
+            prefetch(dy, far)
+            prefetch(x, far + stride)
+            prefetch(dy, far + stride)
+            v, at, own = load64(centre, p + j, LANES), bits + j // LANES, r * width + j
+            add_rows(dy, x, a + j, stride, LANES, v, relu, at, words, w, own, width, sums, s + j, q + j)
         if rest > 0:
             j = whole
-            ga, gb = load64_part(dy, a + j, rest), load64_part(dy, b + j, rest)
-            v = load_part(centre, p + j, rest)
-            store_part(sums, s + j, rest, plus(load_part(sums, s + j, rest), plus(ga, gb)))
-            products = muladd(ga, minus(load64_part(x, a + j, rest), v), load_part(sums, q + j, rest))
-            store_part(sums, q + j, rest, muladd(gb, minus(load64_part(x, b + j, rest), v), products))
+            v, at, own = load64(centre, p + j, rest), bits + j // LANES, r * width + j
+            add_rows(dy, x, a + j, stride, rest, v, relu, at, words, w, own, width, sums, s + j, q + j)
     for r in range(swept, rows):
-        a = i + r * stride
+        a, bits = i + r * stride, word + r * words
         for j in range(0, whole, LANES):
-            ga = load64(dy, a + j)
-            store(sums, s + j, plus(load(sums, s + j), ga))
-            store(sums, q + j, muladd(ga, minus(load64(x, a + j), load(centre, p + j)), load(sums, q + j)))
+            v, at = load64(centre, p + j, LANES), bits + j // LANES
+            add_row(dy, x, a + j, LANES, v, relu, at, w, r * width + j, sums, s + j, q + j)
         if rest > 0:
             j = whole
-            ga, v = load64_part(dy, a + j, rest), load_part(centre, p + j, rest)
-            store_part(sums, s + j, rest, plus(load_part(sums, s + j, rest), ga))
-            products = muladd(ga, minus(load64_part(x, a + j, rest), v), load_part(sums, q + j, rest))
-            store_part(sums, q + j, rest, products)
+            v, at = load64(centre, p + j, rest), bits + j // LANES
+            add_row(dy, x, a + j, rest, v, relu, at, w, r * width + j, sums, s + j, q + j)
 
 
 @exact
-def block_products(dy, x, i, rows, stride, width, centre, p, sums, s, q, room, r):
+def block_products(
+    dy, x, i, rows, stride, width, centre, p, relu, word, words, w, step, channels, inner, w_room, sums, s, q, room, r
+):  # fmt: skip
     """The same for any number of rows, as `leaves.block_sums`."""
     compact()
-    few_rows_products(dy, x, i, min(rows, TERMS), stride, width, centre, p, sums, s, q)
-    for row in range(TERMS, rows, TERMS):
-        room[r : r + 2 * width] = 0.0
-        few = min(TERMS, rows - row)
-        few_rows_products(dy, x, i + row * stride, few, stride, width, centre, p, room, r, r + width)
-        add(sums, s, room, r, width)
-        add(sums, q, room, r + width, width)
+    for m in range(0, rows, TERMS):
+        few = min(TERMS, rows - m)
+        at, bits = i + m * stride, word + m * words
+        row_weights(w, step, channels, inner, at, few, stride, width, w_room)
+        if m == 0:
+            few_rows_products(dy, x, at, few, stride, width, centre, p, relu, bits, words, w_room, sums, s, q)
+        else:
+            room[r : r + 2 * width] = 0.0
+            few_rows_products(dy, x, at, few, stride, width, centre, p, relu, bits, words, w_room, room, r, r + width)
+            add(sums, s, room, r, width)
+            add(sums, q, room, r + width, width)
 
 
 @elementwise
-def dx_run(dy, x, dx, low, high, scale, weight, slope, centre, shift):
-    """dx = scale * dy + weight * ((x - centre) * slope) + shift from `low` to `high`."""
-    whole = high - (high - low) % LANES
-    for i in range(low, whole, LANES):
-        prefetch(x, i + AHEAD)
-        prefetch(dy, i + AHEAD)
-        prefetch(dx, i + AHEAD)
-        xhat = times(minus(load(x, i), centre), slope)
-        store(dx, i, muladd(load(dy, i), scale, muladd(xhat, weight, shift)))
-    if whole < high:
-        rest = high - whole
-        xhat = times(minus(load_part(x, whole, rest), centre), slope)
-        store_part(dx, whole, rest, muladd(load_part(dy, whole, rest), scale, muladd(xhat, weight, shift)))
-
-
-@elementwise
-def sum_group(dy, x, dx, i, j, outer, stride, inner, up, write, k5, point, first, group, lanes, sums):
-    """Set `sums` to sum(dy) of `group` channels, then sum(dy * (x - centre)), and `write` dx: as `leaves.sum_group`.
+def sum_group(
+    dy, x, dx, i, j, outer, stride, inner, up, write, k5, dz, relu, point, first, group, w, step, w_room, lanes, sums
+):  # fmt: skip
+    """Set `sums` to sum(g) of `group` channels, then sum(g * (x - centre)), and `write` dx: as `leaves.sum_group`.
 
     The centres of those that are summed, from element j on, start at point[first]. dx is written of those that start at
     i, whose coefficients by `dx_coefficients` are k5.
     """
     apart()
-    row, step = group * inner, stride if up else -stride
+    row, down = group * inner, stride if up else -stride
+    words = -(-inner // LANES)  # of the bits of a run
     sums[:] = 0.0
     for c in range(2 * group):
-        store(lanes, c * LANES, zeros())
-    often = max(1, TERMS // -(-inner // LANES))  # samples, after which the lanes are added up
+        store(lanes, c * LANES, LANES, zeros())
+    often = max(1, TERMS // words)  # samples, after which the lanes are added up
     for m in range(outer):
         n = m if up else outer - 1 - m
         a, b = i + n * stride, j + n * stride
+        word_a, word_b = a // inner * words, b // inner * words
         drained = m % often == often - 1 or m == outer - 1
         for c in range(group):
             ahead_centre = point[first + c]
             scale, weight, slope = k5[c], k5[group + c], k5[2 * group + c]
             centre, shift = k5[3 * group + c], k5[4 * group + c]
-            for low in range(c * inner, (c + 1) * inner, PIECE):
-                ss, qq = load64(lanes, 2 * c * LANES), load64(lanes, (2 * c + 1) * LANES)
-                high = min(low + PIECE, (c + 1) * inner)
+            start = c * inner
+            for low in range(start, start + inner, PIECE):
+                ss, qq = load64(lanes, 2 * c * LANES, LANES), load64(lanes, (2 * c + 1) * LANES, LANES)
+                high = min(low + PIECE, start + inner)
                 whole = high - (high - low) % LANES
+                ws, o = run_weights(w, step, n, j // inner + c, low - start, high - low, w_room)
+                now, p = ws, o
+                if write and w is not None:
+                    now, p = run_weights(w, step, n, i // inner + c, low - start, high - low, w_room[PIECE:])
+                bits = c * words + (low - start) // LANES
                 for k in range(low, whole, LANES):
-                    far = ahead(k, row, step)
+                    far = ahead(k, row, down)
                     prefetch(x, b + far)
                     prefetch(dy, b + far)
-                    g = load64(dy, b + k)
-                    ss, qq = plus(ss, g), muladd(g, minus(load64(x, b + k), ahead_centre), qq)
+                    at = bits + (k - low) // LANES
+                    g, d = products(dy, x, b + k, LANES, ahead_centre, relu, word_b + at, ws, o + (k - low))
+                    ss, qq = plus(ss, g), muladd(g, d, qq)
                     if write:
                         prefetch(dx, a + far)
-                        xhat = times(minus(load(x, a + k), centre), slope)
-                        store(dx, a + k, muladd(load(dy, a + k), scale, muladd(xhat, weight, shift)))
+                        prefetch(dz, a + far)
+                        gradient(
+                            dy, x, dx, a + k, LANES, scale, weight, slope, centre, shift,
+                            dz, relu, word_a + at, now, p + (k - low),
+                        )  # fmt: skip
                 if whole < high:
                     rest = high - whole
-                    g = load64_part(dy, b + whole, rest)
-                    ss, qq = plus(ss, g), muladd(g, minus(load64_part(x, b + whole, rest), ahead_centre), qq)
+                    at = bits + (whole - low) // LANES
+                    g, d = products(dy, x, b + whole, rest, ahead_centre, relu, word_b + at, ws, o + (whole - low))
+                    ss, qq = plus(ss, g), muladd(g, d, qq)
                     if write:
-                        xhat = times(minus(load_part(x, a + whole, rest), centre), slope)
-                        new = muladd(load_part(dy, a + whole, rest), scale, muladd(xhat, weight, shift))
-                        store_part(dx, a + whole, rest, new)
+                        gradient(
+                            dy, x, dx, a + whole, rest, scale, weight, slope, centre, shift,
+                            dz, relu, word_a + at, now, p + (whole - low),
+                        )  # fmt: skip
                 if drained:
                     add_exactly(sums, c, 2 * group, total(ss))
                     add_exactly(sums, group + c, 2 * group, total(qq))
                     ss, qq = zeros(), zeros()
-                store(lanes, 2 * c * LANES, ss)
-                store(lanes, (2 * c + 1) * LANES, qq)
+                store(lanes, 2 * c * LANES, LANES, ss)
+                store(lanes, (2 * c + 1) * LANES, LANES, qq)
     for c in range(2 * group):
         error = sums[2 * group + c]
         sums[c] += error if error == error else 0.0
 
 
-@elementwise
-def dx_rows(dy, x, dx, i, rows, stride, width, k, scale, weight, slope, centre, shift):
-    """`dx_run` for `rows` rows of `width` columns, `stride` elements apart, from element i on.
+# ---------------------------------------------------------------------------------------------------------------- to dx
 
-    The coefficients of the columns start at k[scale], k[weight] ...
+
+@elementwise
+def dx_run(dy, x, dx, low, high, scale, weight, slope, centre, shift, dz, relu, word, w, j):
+    """`gradient` from `low` to `high`."""
+    whole = high - (high - low) % LANES
+    for i in range(low, whole, LANES):
+        prefetch(x, i + AHEAD)
+        prefetch(dy, i + AHEAD)
+        prefetch(dx, i + AHEAD)
+        prefetch(dz, i + AHEAD)
+        at, own = word + (i - low) // LANES, j + (i - low)
+        gradient(dy, x, dx, i, LANES, scale, weight, slope, centre, shift, dz, relu, at, w, own)
+    if whole < high:
+        at, own, rest = word + (whole - low) // LANES, j + (whole - low), high - whole
+        gradient(dy, x, dx, whole, rest, scale, weight, slope, centre, shift, dz, relu, at, w, own)
+
+
+@elementwise
+def column(dy, x, dx, i, n, k, j, width, dz, relu, word, w, own):
+    """`gradient` of a piece of columns, whose coefficients are rows of `width` in k, from its j-th on."""
+    scale, weight, slope = load(k, j, n, dx), load(k, width + j, n, dx), load(k, 2 * width + j, n, dx)
+    centre, shift = load(k, 3 * width + j, n, dx), load(k, 4 * width + j, n, dx)
+    gradient(dy, x, dx, i, n, scale, weight, slope, centre, shift, dz, relu, word, w, own)
+
+
+@elementwise
+def few_rows_dx(dy, x, dx, i, rows, stride, width, k, low, k_width, dz, relu, word, words, w):
+    """`gradient` of `rows` rows of `width` columns, `stride` elements apart, from element i on.
+
+    The coefficients of the columns are rows of `k_width` in k, from the `low`-th on.
     """
     compact()
     whole = width // LANES * LANES
     rest = width - whole
     for r in range(rows):
-        a = i + r * stride
+        a, bits = i + r * stride, word + r * words
         for j in range(0, whole, LANES):
             far = a + ahead(j, width, stride)
             prefetch(x, far)
             prefetch(dy, far)
             prefetch(dx, far)
-            xhat = times(minus(load(x, a + j), load(k, centre + j)), load(k, slope + j))
-            rows_shift = muladd(xhat, load(k, weight + j), load(k, shift + j))
-            store(dx, a + j, muladd(load(dy, a + j), load(k, scale + j), rows_shift))
+            prefetch(dz, far)
+            at = bits + j // LANES
+            column(dy, x, dx, a + j, LANES, k, low + j, k_width, dz, relu, at, w, r * width + j)
         if rest > 0:
             j = whole
-            xhat = minus(load_part(x, a + j, rest), load_part(k, centre + j, rest))
-            xhat = times(xhat, load_part(k, slope + j, rest))
-            rows_shift = muladd(xhat, load_part(k, weight + j, rest), load_part(k, shift + j, rest))
-            store_part(dx, a + j, rest, muladd(load_part(dy, a + j, rest), load_part(k, scale + j, rest), rows_shift))
+            at = bits + j // LANES
+            column(dy, x, dx, a + j, rest, k, low + j, k_width, dz, relu, at, w, r * width + j)
+
+
+@exact
+def block_dx(
+    dy, x, dx, i, rows, stride, width, k, low, k_width, dz, relu, word, words, w, step, channels, inner, w_room
+):  # fmt: skip
+    """The same for any number of rows, whose statistics were not held fixed."""
+    compact()
+    if w is None:
+        few_rows_dx(dy, x, dx, i, rows, stride, width, k, low, k_width, dz, relu, word, words, None)
+    else:
+        for m in range(0, rows, TERMS):
+            few, at, bits = min(TERMS, rows - m), i + m * stride, word + m * words
+            row_weights(w, step, channels, inner, at, few, stride, width, w_room)
+            few_rows_dx(dy, x, dx, at, few, stride, width, k, low, k_width, dz, relu, bits, words, w_room)
 
 
 # ------------------------------------------------------------------------------------------------ parts of both kernels
@@ -231,7 +329,7 @@ def points(state, eps, count, overwritten):
     channels = state.shape[1]
     point = np.empty(3 * channels)
     for c in range(channels):
-        invstd = inverse_std(state[1, c] / count, eps)
+        invstd = inverse_std(variance(state, count, c), eps)
         point[c] = state[3, c] if overwritten else state[0, c]
         point[channels + c] = 1.0 / state[2, c] if overwritten else invstd
         point[2 * channels + c] = state[2, c] * invstd
@@ -250,11 +348,11 @@ def finish_sums(sums, point, grads, first, number):
 
 @exact
 def dx_coefficients(point, grads, count, first, number, k, frozen):
-    """k = `number` scales, weights, slopes, centres and shifts, in dx's dtype, of the channels from `first` on.
+    """k = `number` scales, weights, slopes, centres and shifts of the channels from `first` on, for dx.
 
-    dx = scale * dy + weight * xhat + shift with xhat = (x - centre) * slope; xhat on its own, because slope * weight
-    leaves the range of float32 long before dx does. As in `affine`, what rounding the centre loses goes into shift.
-    Frozen: all but scale are 0.
+    dx = scale * g + w * (weight * xhat + shift) with xhat = (x - centre) * slope; xhat by itself, because slope *
+    weight leaves the range of float32 long before dx does. As in `affine`, what rounding the centre loses goes into
+    shift. Frozen: all but scale are 0.
     """
     compact()
     channels = grads.shape[1]
@@ -262,23 +360,25 @@ def dx_coefficients(point, grads, count, first, number, k, frozen):
         c = first + i
         centre, slope, scale = point[c], point[channels + c], point[2 * channels + c]
         k[i] = scale
-        for row in range(1, 5):
-            k[row * number + i] = 0.0
-        if not frozen:
-            weight = -scale * (grads[0, c] / count)
+        for m in range(1, 5):
+            k[m * number + i] = 0.0
+        n = of_channel(count, c)
+        if not frozen and n != 0.0:
+            weight = -scale * (grads[0, c] / n)
             k[number + i] = weight
             k[2 * number + i] = slope
             k[3 * number + i] = centre
-            k[4 * number + i] = weight * (slope * (k[3 * number + i] - centre)) - scale * (grads[1, c] / count)
+            k[4 * number + i] = weight * (slope * (k[3 * number + i] - centre)) - scale * (grads[1, c] / n)
 
 
 # ------------------------------------------------------------------------------------------------------------ long runs
 
 
 @exact
-def fused_channels(first, last, dy, x, dx, point, count, grads, outer, channels, inner, group, room, k):
+def fused_channels(first, last, dy, x, dx, point, count, grads, grid, dz, relu, w, step, room, w_room, k):
     """Consecutive channels in groups, pipelined as in the forward: dx of one is written while the next is summed."""
     compact()
+    outer, channels, inner, group, _ = grid
     stride = channels * inner
     sums, lanes = room[: 4 * group], room[4 * group :]
     for c in range(first - group, last, group):
@@ -291,58 +391,74 @@ def fused_channels(first, last, dy, x, dx, point, count, grads, outer, channels,
             dx_coefficients(point, grads, count, c, now, k, NO)
             summed = then == now  # else the group is summed once more, in vain: it is the same loop
             n, b = (c + group, j) if summed else (c, i)
-            sum_group(dy, x, dx, i, b, outer, stride, inner, up, True, k, point, n, now, lanes, sums)
+            sum_group(
+                dy, x, dx, i, b, outer, stride, inner, up, True, k, dz, relu, point, n, now, w, step, w_room,
+                lanes, sums,
+            )  # fmt: skip
         if then > 0 and not summed:
-            sum_group(dy, x, dx, j, j, outer, stride, inner, up, False, k, point, c + group, then, lanes, sums)
+            n = c + group
+            sum_group(
+                dy, x, dx, j, j, outer, stride, inner, up, False, k, dz, relu, point, n, then, w, step, w_room,
+                lanes, sums,
+            )  # fmt: skip
 
 
 @exact
-def segments_tile(phase, t, dy, x, dx, part, point, k, channels, inner, tiles):
+def segments_tile(phase, t, dy, x, dx, part, point, k, grid, dz, relu, w, step, w_room):
     """A few consecutive segments of runs: their partial sums, their dx, or both."""
     apart()
+    outer, channels, inner, _, tiles = grid
     per_run = -(-inner // SEGMENT)
-    segments = dy.size // inner * per_run
+    segments = outer * channels * per_run
     for i in range(t * segments // tiles, (t + 1) * segments // tiles):
         run, piece = i // per_run, i % per_run
         n, c = run // channels, run % channels
-        low = run * inner + piece * SEGMENT
+        start = piece * SEGMENT
+        low = run * inner + start
         high = min(low + SEGMENT, (run + 1) * inner)
+        word = run * -(-inner // LANES) + start // LANES
+        weights, j = run_weights(w, step, n, c, start, high - low, w_room)
         scale, weight, slope = k[c], k[channels + c], k[2 * channels + c]
         centre, shift = k[3 * channels + c], k[4 * channels + c]
         if phase != WRITE:
-            s, q = run_products(dy, x, low, high, point[c])
+            s, q = run_products(dy, x, low, high, point[c], relu, word, weights, j)
             own = 2 * (n * per_run + piece) * channels + c
             part[own] = s
             part[own + channels] = q
         if phase == FROZEN:
-            normalize_run(dy, dx, low, high, centre, scale, shift)  # centre and shift are 0
+            dx_run(dy, None, dx, low, high, scale, weight, slope, centre, shift, dz, relu, word, weights, j)
         elif phase == WRITE:
-            dx_run(dy, x, dx, low, high, scale, weight, slope, centre, shift)
+            dx_run(dy, x, dx, low, high, scale, weight, slope, centre, shift, dz, relu, word, weights, j)
 
 
 @kernel
-def backward_runs(dy, x, dx, state, eps, count, grads, frozen, overwritten, sizes):
+def backward_runs(dy, x, dx, state, eps, count, grads, frozen, overwritten, sizes, dz, relu, w, step):
     """Long inner runs. `sizes` is that of `grid`; a frozen backward takes the split one."""
     outer, channels, inner, group, tiles = sizes
+    grid = outer, channels, inner, group, tiles
     groups = -(-channels // group) if group > 0 else 0
     phase = FUSED if group > 0 else FROZEN if frozen else SUMS
     pieces = outer * -(-inner // SEGMENT)
     point = points(state, eps, count, overwritten)
     room = np.empty((tiles if phase == FUSED else 0, (4 + 2 * LANES) * group + APART))
     part = np.empty(0 if phase == FUSED else pieces * 2 * channels)
-    k = np.empty(tiles * (5 * group + APART) if phase == FUSED else 5 * channels, dx.dtype)
+    k = np.full(tiles * (5 * group + APART) if phase == FUSED else 5 * channels, like(dx))
+    w_room = rows_like(w, tiles, 2 * PIECE if phase == FUSED else min(SEGMENT, inner))
     if phase == FROZEN:
         dx_coefficients(point, grads, count, ZERO, channels, k, frozen)
     while True:
         for t in prange(tiles):
+            tile_w = row(w_room, np.intp(t))
             if phase == FUSED:
                 first = np.intp(t) * groups // tiles * group
                 last = min((np.intp(t) + 1) * groups // tiles * group, channels)
                 own, k_own = room[np.intp(t)], k[np.intp(t) * (5 * group + APART) :]
-                fused_channels(first, last, dy, x, dx, point, count, grads, outer, channels, inner, group, own, k_own)
+                fused_channels(
+                    first, last, dy, x, dx, point, count, grads, grid, dz, relu, w, step, own, tile_w, k_own
+                )  # fmt: skip
             else:
                 tile = tiles - 1 - np.intp(t) if phase == WRITE else np.intp(t)  # the second pass goes back
-                segments_tile(phase, tile, dy, x, dx, part, point, k, channels, inner, tiles)
+                segments_tile(phase, tile, dy, x, dx, part, point, k, grid, dz, relu, w, step, tile_w)
         if phase == FUSED or phase == WRITE:
             break
         add_up(part, ZERO, pieces, 2 * channels)
@@ -357,7 +473,7 @@ def backward_runs(dy, x, dx, state, eps, count, grads, frozen, overwritten, size
 
 
 @exact
-def fused_strips(t, dy, x, dx, point, count, grads, sizes, room, k, k_columns):
+def fused_strips(t, dy, x, dx, point, count, grads, sizes, dz, relu, w, step, room, w_room, k, k_columns):
     """Some strips of a few channels each: their sums, and while dy and x are in the cache, their dx."""
     compact()
     total, stride, channels, inner, _, panel, panels, tiles = sizes
@@ -366,48 +482,62 @@ def fused_strips(t, dy, x, dx, point, count, grads, sizes, room, k, k_columns):
     sums, columns = room[own : own + 2 * panel], room[own + 2 * panel :]
     part, more = columns[wide:], columns[3 * wide :]
     k, k_columns = k[t * (5 * panel + APART) :], k_columns[t * (5 * wide + APART) :]
-    for first in range(t * panels // tiles * panel, min((t + 1) * panels // tiles * panel, channels), panel):
+    words = strip_words(stride, panel, inner, panels)
+    for p in range(t * panels // tiles, (t + 1) * panels // tiles):
+        first = p * panel
         start, number = first * inner, min(panel, channels - first)
         width = number * inner
         part[: 2 * width] = 0.0
         spread(point, first, number, inner, columns, ZERO, width)
-        block_products(dy, x, start, outer, stride, width, columns, ZERO, part, ZERO, width, more, ZERO)
+        block_products(
+            dy, x, start, outer, stride, width, columns, ZERO, relu, p * words, panels * words,
+            w, step, channels, inner, w_room, part, ZERO, width, more, ZERO,
+        )  # fmt: skip
         fold_columns(part, ONE, width, number, inner, sums)
         finish_sums(sums, point, grads, first, number)
         dx_coefficients(point, grads, count, first, number, k, NO)
         for i in range(5):
             spread(k, i * number, number, inner, k_columns, i * width, width)
-        dx_rows(dy, x, dx, start, outer, stride, width, k_columns, ZERO, width, 2 * width, 3 * width, 4 * width)
+        block_dx(
+            dy, x, dx, start, outer, stride, width, k_columns, ZERO, width, dz, relu, p * words, panels * words,
+            w, step, channels, inner, w_room,
+        )  # fmt: skip
 
 
 @exact
-def rows_tile(phase, t, dy, x, dx, centres, part, room, k, sizes):
+def rows_tile(phase, t, dy, x, dx, centres, part, room, k, sizes, dz, relu, w, step, w_room):
     """A block of rows of a strip: its column sums, its dx, or both. `centres` and `k` are by column."""
     compact()
-    total, width, _, inner, blocks, panel, panels, _ = sizes
+    total, width, channels, inner, blocks, panel, panels, _ = sizes
     b, p = t // panels, t % panels
     low = p * panel * inner
     high = width if p == panels - 1 else low + panel * inner
     full = total // width
     row, end = b * full // blocks, (b + 1) * full // blocks
-    scale, weight, slope, centre, shift = low, width + low, 2 * width + low, 3 * width + low, 4 * width + low
+    words = panels * strip_words(width, panel, inner, panels)
     for last in range(2):
-        i = end * width if last else row * width + low
+        r = end if last else row
+        i, word = r * width + low, r * words + p * (words // panels)
         rows = (1 if b == blocks - 1 else 0) if last else end - row
         columns = total - full * width if last else high - low  # the last row may not be full: then it is one strip
         if rows * columns > 0:
             if phase != WRITE:
                 own = 2 * b * width + low
-                at = 2 * (b * width + low)
-                block_products(dy, x, i, rows, width, columns, centres, low, part, own, own + width, room, at)
-            if phase == FROZEN:  # centre and shift are 0
-                normalize_rows(dy, dx, i, rows, width, columns, k, centre, scale, shift)
+                block_products(
+                    dy, x, i, rows, width, columns, centres, low, relu, word, words,
+                    w, step, channels, inner, w_room, part, own, own + width, room, 2 * (b * width + low),
+                )  # fmt: skip
+            if phase == FROZEN:
+                few_rows_dx(dy, None, dx, i, rows, width, columns, k, low, width, dz, relu, word, words, None)
             elif phase == WRITE:
-                dx_rows(dy, x, dx, i, rows, width, columns, k, scale, weight, slope, centre, shift)
+                block_dx(
+                    dy, x, dx, i, rows, width, columns, k, low, width, dz, relu, word, words,
+                    w, step, channels, inner, w_room,
+                )  # fmt: skip
 
 
 @kernel
-def backward_rows(dy, x, dx, state, eps, count, grads, frozen, overwritten, sizes):
+def backward_rows(dy, x, dx, state, eps, count, grads, frozen, overwritten, sizes, dz, relu, w, step):
     """Short inner runs. `sizes` is that of `grid`; a frozen backward takes the split one."""
     total, width, channels, inner, blocks, panel, panels, fused = sizes
     phase = FUSED if fused > 0 else FROZEN if frozen else SUMS
@@ -418,8 +548,9 @@ def backward_rows(dy, x, dx, state, eps, count, grads, frozen, overwritten, size
     sums = np.empty(0 if fused > 0 else 2 * channels)
     part = np.zeros(0 if fused > 0 else 2 * blocks * width)
     columns = np.empty(0 if fused > 0 else width)
-    k = np.empty(fused * (5 * panel + APART) if fused > 0 else 5 * channels, dx.dtype)
-    k_columns = np.empty(fused * (5 * panel * inner + APART) if fused > 0 else 5 * width, dx.dtype)
+    k = np.full(fused * (5 * panel + APART) if fused > 0 else 5 * channels, like(dx))
+    k_columns = np.full(fused * (5 * panel * inner + APART) if fused > 0 else 5 * width, like(dx))
+    w_room = rows_like(w, tiles, TERMS * strip_words(width, panel, inner, panels) * LANES)
     if fused == 0:
         spread(point, ZERO, channels, inner, columns, ZERO, width)
     while True:
@@ -428,11 +559,14 @@ def backward_rows(dy, x, dx, state, eps, count, grads, frozen, overwritten, size
             for i in range(5):
                 spread(k, i * channels, channels, inner, k_columns, i * width, width)
         for t in prange(tiles):
+            tile_w = row(w_room, np.intp(t))
             if phase == FUSED:
-                fused_strips(np.intp(t), dy, x, dx, point, count, grads, sizes, room, k, k_columns)
+                fused_strips(
+                    np.intp(t), dy, x, dx, point, count, grads, sizes, dz, relu, w, step, room, tile_w, k, k_columns
+                )  # fmt: skip
             else:
                 tile = tiles - 1 - np.intp(t) if phase == WRITE else np.intp(t)  # the second pass goes back
-                rows_tile(phase, tile, dy, x, dx, columns, part, room, k_columns, sizes)
+                rows_tile(phase, tile, dy, x, dx, columns, part, room, k_columns, sizes, dz, relu, w, step, tile_w)
         if phase == FUSED or phase == WRITE:
             break
         fold_columns(part, blocks, width, channels, inner, sums)

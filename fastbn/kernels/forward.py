@@ -1,22 +1,31 @@
 """Statistics and normalization over the tiles: one kernel for long inner runs, one for short ones.
 
-    y = (x - mean) / sqrt(var + eps) * gamma + beta            Ioffe & Szegedy 2015, Algorithm 1
+    y = relu((x - mean) / sqrt(var + eps) * gamma + beta + z)            Ioffe & Szegedy 2015, Algorithm 1
 
 Each kernel has two switches, `measure` (statistics come from x) and `write` (y is written): both is a training forward,
 the first alone the moments, the second alone inference. `state` holds the rows mean, m2, gamma and beta, with
 var = m2 / count; measuring sets the first two. With given statistics the second row is the variance and count is 1; for
 the moments alone the first two rows are enough.
 
+What a call has not is None, and compiled as if it did not exist:
+
+z       the residual, laid out as y
+relu    True: y is rectified. An array of uint16: so it is, and a bit for each element says whether y > 0
+w       weights in the statistics, with their steps in samples, channels and elements of a run; the count is then an
+        array, the sum of the weights of each channel
+far     x lies in another order than y: its steps in samples, channels and elements of y's runs (y alone)
+
 Memory traffic: fused tiles read x once and write y once. Split tiles read x twice, the second time from the end, where
-the cache still holds what was read last.
+the cache still holds what was read last. z is read once, with y.
 """
 
 import numpy as np
 
 from .._jit import exact, kernel, prange
 from .grid import SEGMENT, TERMS
-from .lanes import LANES, apart, compact
+from .lanes import LANES, apart, compact, element, like, of_channel, row, rows_like
 from .leaves import (
+    PIECE,
     add_up,
     affine,
     block_sums,
@@ -24,8 +33,10 @@ from .leaves import (
     normalize_rows,
     normalize_run,
     run_sums,
+    run_weights,
     settle,
     sum_group,
+    weighted_pivot,
 )
 
 FUSED, SUMS, WRITE = 0, 1, 2  # what a parallel region does with each of its tiles
@@ -38,24 +49,27 @@ NO = np.bool_(False)
 APART = 32
 
 PIVOT_RUN = 256  # elements of a long run whose mean is the pivot
-PIVOT_ROWS = 16  # values of a channel, taken from the first rows, for the same
+PIVOT_ROWS = 16  # values of a channel, taken from the first rows, for the same, and wherever there are weights
 
 
 # ------------------------------------------------------------------------------------------------------------ long runs
 
 
 @exact
-def run_pivot(x, i, inner):
-    """The mean of the first values of a run, accurate for any offset: one value plus the mean distance from it."""
+def run_pivot(x, c, outer, channels, inner, w, step):
+    """The mean of a channel's first values, accurate for any offset: one value plus the mean distance from it."""
     compact()
-    first = np.float64(x[i])
+    if w is not None:
+        return weighted_pivot(x, w, step, c, outer, channels, inner, PIVOT_ROWS)
+    i = c * inner
+    first = element(x, i)
     size = min(PIVOT_RUN, inner)
-    s, _ = run_sums(x, i, i + size, first)
+    s, _ = run_sums(x, i, i + size, first, None, ZERO)
     return first + s / size
 
 
 @exact
-def fused_channels(first, last, x, y, state, eps, count, write, outer, channels, inner, group, room, k):
+def fused_channels(first, last, x, y, state, eps, count, write, grid, z, relu, w, step, room, w_room, k):
     """Consecutive channels in groups, pipelined: y of one group is written, from the cache, while the next is summed.
 
     c = first - group    sums of the group at first
@@ -70,6 +84,7 @@ def fused_channels(first, last, x, y, state, eps, count, write, outer, channels,
     surely in the cache, is normalized first.
     """
     compact()
+    outer, channels, inner, group, _ = grid
     stride = channels * inner
     pivot, sums, lanes = room[:group], room[group : 5 * group], room[5 * group :]
     for c in range(first - group, last, group):
@@ -77,43 +92,60 @@ def fused_channels(first, last, x, y, state, eps, count, write, outer, channels,
         up = (c // group) % 2 != 0
         i, j = c * inner, (c + group) * inner
         for n in range(then):
-            pivot[n] = run_pivot(x, j + n * inner, inner)
+            pivot[n] = run_pivot(x, c + group + n, outer, channels, inner, w, step)
         summed = False
         if write and c >= first:
             summed = then == now
             affine(state, eps, count, c, now, k)
-            sum_group(x, y, i, j if summed else i, outer, stride, inner, up, True, k, pivot, now, lanes, sums)
+            b = j if summed else i
+            sum_group(
+                x, y, i, b, outer, stride, inner, up, True, k, z, relu, pivot, now, w, step, w_room, lanes, sums
+            )  # fmt: skip
         for attempt in range(2 if then > 0 else 0):
             if attempt == 1 or not summed:
-                sum_group(x, y, j, j, outer, stride, inner, up, False, k, pivot, then, lanes, sums)
+                sum_group(
+                    x, y, j, j, outer, stride, inner, up, False, k, z, relu, pivot, then, w, step, w_room, lanes, sums
+                )  # fmt: skip
             if settle(sums, pivot, then, count, state, c + group, attempt == 1):
                 break
 
 
 @exact
-def segments_tile(phase, t, x, y, part, pivot, k, channels, inner, tiles):
+def segments_tile(phase, t, x, y, part, pivot, k, grid, z, relu, w, step, w_room, far):
     """A few consecutive segments of runs: their partial sums, or their y."""
     apart()
+    outer, channels, inner, _, tiles = grid
     per_run = -(-inner // SEGMENT)
-    segments = x.size // inner * per_run
+    segments = outer * channels * per_run
     for i in range(t * segments // tiles, (t + 1) * segments // tiles):
         run, piece = i // per_run, i % per_run
+        if far is not None:  # the same elements of all channels, which lie side by side in x
+            run, piece = i // (channels * per_run) * channels + i % channels, i // channels % per_run
         n, c = run // channels, run % channels
-        low = run * inner + piece * SEGMENT
+        start = piece * SEGMENT
+        low = run * inner + start
         high = min(low + SEGMENT, (run + 1) * inner)
         if phase == SUMS:
-            s, q = run_sums(x, low, high, pivot[c])
+            weights, j = run_weights(w, step, n, c, start, high - low, w_room)
+            s, q = run_sums(x, low, high, pivot[c], weights, j)
             own = 2 * (n * per_run + piece) * channels + c
             part[own] = s
             part[own + channels] = q
         else:
-            normalize_run(x, y, low, high, k[c], k[channels + c], k[2 * channels + c])
+            word = run * -(-inner // LANES) + start // LANES
+            at = low
+            if far is not None:
+                at = n * far[0] + c * far[1] + start * far[2]
+            normalize_run(
+                x, at, of_channel(far, 2), y, low, high, k[c], k[channels + c], k[2 * channels + c], z, relu, word
+            )
 
 
 @kernel
-def forward_runs(x, y, state, eps, count, measure, write, sizes):
+def forward_runs(x, y, state, eps, count, measure, write, sizes, z, relu, w, step, far):
     """Long inner runs. `sizes` is that of `grid`."""
     outer, channels, inner, group, tiles = sizes
+    grid = outer, channels, inner, group, tiles
     groups = -(-channels // group) if group > 0 else 0
     phase = FUSED if group > 0 else SUMS if measure else WRITE
     pieces = outer * -(-inner // SEGMENT)
@@ -121,23 +153,27 @@ def forward_runs(x, y, state, eps, count, measure, write, sizes):
     room = np.empty((tiles if phase == FUSED else 0, (5 + 2 * LANES) * group + APART))
     pivot = np.empty(channels if phase == SUMS else 0)
     part = np.empty(pieces * 2 * channels if phase == SUMS else 0)
-    k = np.empty(tiles * (3 * group + APART) if phase == FUSED else 3 * channels, y.dtype)
+    k = np.full(tiles * (3 * group + APART) if phase == FUSED else 3 * channels, like(y))
+    w_room = rows_like(w, tiles, PIECE if phase == FUSED else min(SEGMENT, inner))
     if phase == SUMS:
         for c in range(channels):
-            pivot[c] = run_pivot(x, c * inner, inner)
+            pivot[c] = run_pivot(x, c, outer, channels, inner, w, step)
     elif phase == WRITE:
         affine(state, eps, count, ZERO, channels, k)
     final = False
     while True:
         for t in prange(tiles):
+            tile_w = row(w_room, np.intp(t))
             if phase == FUSED:
                 first = np.intp(t) * groups // tiles * group
                 last = min((np.intp(t) + 1) * groups // tiles * group, channels)
                 own, k_own = room[np.intp(t)], k[np.intp(t) * (3 * group + APART) :]
-                fused_channels(first, last, x, y, state, eps, count, write, outer, channels, inner, group, own, k_own)
+                fused_channels(
+                    first, last, x, y, state, eps, count, write, grid, z, relu, w, step, own, tile_w, k_own
+                )  # fmt: skip
             else:
                 tile = tiles - 1 - np.intp(t) if phase == WRITE and measure else np.intp(t)  # the second pass goes back
-                segments_tile(phase, tile, x, y, part, pivot, k, channels, inner, tiles)
+                segments_tile(phase, tile, x, y, part, pivot, k, grid, z, relu, w, step, tile_w, far)
         if phase != SUMS:
             break
         add_up(part, ZERO, pieces, 2 * channels)
@@ -184,26 +220,30 @@ def fold_columns(part, blocks, width, number, inner, sums):
 
 
 @exact
-def row_pivots(x, start, outer, stride, number, inner, pivot, columns, part, sums):
-    """The pivots of `number` channels: their means over the first rows, accurate for any offset.
+def row_pivots(x, first, outer, stride, channels, inner, w, step, pivot, columns, part, sums):
+    """The pivots of `channels` channels from `first` on: their means over the first rows, accurate for any offset.
 
     `columns`, `part` and `sums` are room for as many numbers as in `fused_strips`.
     """
     compact()
-    rows = min(outer, -(-PIVOT_ROWS // inner))
-    width = number * inner
+    if w is not None:
+        for c in range(channels):
+            pivot[c] = weighted_pivot(x, w, step, first + c, outer, stride // inner, inner, PIVOT_ROWS)
+        return
+    start, rows = first * inner, min(outer, -(-PIVOT_ROWS // inner))
+    width = channels * inner
     part[: 2 * width] = 0.0
-    for c in range(number):
-        pivot[c] = x[start + c * inner]
-    spread(pivot, ZERO, number, inner, columns, ZERO, width)
-    few_rows_sums(x, start, rows, stride, width, columns, ZERO, part, ZERO, width)
-    fold_columns(part, ONE, width, number, inner, sums)
-    for c in range(number):
+    for c in range(channels):
+        pivot[c] = element(x, start + c * inner)
+    spread(pivot, ZERO, channels, inner, columns, ZERO, width)
+    few_rows_sums(x, start, rows, stride, width, columns, ZERO, None, part, ZERO, width)
+    fold_columns(part, ONE, width, channels, inner, sums)
+    for c in range(channels):
         pivot[c] += sums[c] / (rows * inner)
 
 
 @exact
-def fused_strips(t, x, y, state, eps, count, measure, write, sizes, room, k, k_columns):
+def fused_strips(t, x, y, state, eps, count, measure, write, sizes, z, relu, w, step, room, w_room, k, k_columns):
     """Some strips of a few channels each: all of their statistics, and while they are in the cache, their y."""
     compact()
     total, stride, channels, inner, _, panel, panels, tiles = sizes
@@ -212,15 +252,20 @@ def fused_strips(t, x, y, state, eps, count, measure, write, sizes, room, k, k_c
     pivot, sums, columns = room[own : own + panel], room[own + panel : own + 3 * panel], room[own + 3 * panel :]
     part, more = columns[wide:], columns[3 * wide :]
     k, k_columns = k[t * (3 * panel + APART) :], k_columns[t * (3 * wide + APART) :]
-    for first in range(t * panels // tiles * panel, min((t + 1) * panels // tiles * panel, channels), panel):
+    words = strip_words(stride, panel, inner, panels)
+    for p in range(t * panels // tiles, (t + 1) * panels // tiles):
+        first = p * panel
         start, number = first * inner, min(panel, channels - first)
         width = number * inner
         if measure:
-            row_pivots(x, start, outer, stride, number, inner, pivot, columns, part, sums)
+            row_pivots(x, first, outer, stride, number, inner, w, step, pivot, columns, part, sums)
             for attempt in range(2):
                 part[: 2 * width] = 0.0
                 spread(pivot, ZERO, number, inner, columns, ZERO, width)
-                block_sums(x, start, outer, stride, width, columns, ZERO, part, ZERO, width, more, ZERO)
+                block_sums(
+                    x, start, outer, stride, width, columns, ZERO, w, step, channels, inner, w_room,
+                    part, ZERO, width, more, ZERO,
+                )  # fmt: skip
                 fold_columns(part, ONE, width, number, inner, sums)
                 if settle(sums, pivot, number, count, state, first, attempt == 1):
                     break
@@ -228,7 +273,9 @@ def fused_strips(t, x, y, state, eps, count, measure, write, sizes, room, k, k_c
             affine(state, eps, count, first, number, k)
             for i in range(3):
                 spread(k, i * number, number, inner, k_columns, i * width, width)
-            normalize_rows(x, y, start, outer, stride, width, k_columns, ZERO, width, 2 * width)
+            normalize_rows(
+                x, y, start, outer, stride, width, k_columns, ZERO, width, 2 * width, z, relu, p * words, panels * words
+            )
 
 
 @exact
@@ -238,28 +285,42 @@ def strip_room(panel, inner):
 
 
 @exact
-def rows_tile(phase, t, x, y, pivot, part, room, k, sizes):
+def strip_words(width, panel, inner, panels):
+    """The words that the bits of one row of a strip need; those of all strips of a row lie side by side."""
+    return -(-(width if panels == 1 else panel * inner) // LANES)
+
+
+@exact
+def rows_tile(phase, t, x, y, pivot, part, room, k, sizes, z, relu, w, step, w_room):
     """A block of rows of a strip: its column sums, or its y. `pivot` and `k` are by column."""
     compact()
-    total, width, _, inner, blocks, panel, panels, _ = sizes
+    total, width, channels, inner, blocks, panel, panels, _ = sizes
     b, p = t // panels, t % panels
     low = p * panel * inner
     high = width if p == panels - 1 else low + panel * inner
     full = total // width
     row, end = b * full // blocks, (b + 1) * full // blocks
+    words = strip_words(width, panel, inner, panels)
     for last in range(2):
-        i = end * width if last else row * width + low
+        r = end if last else row
+        i = r * width + low
         rows = (1 if b == blocks - 1 else 0) if last else end - row
         columns = total - full * width if last else high - low  # the last row may not be full: then it is one strip
         if rows * columns > 0 and phase == SUMS:
             own = 2 * b * width + low
-            block_sums(x, i, rows, width, columns, pivot, low, part, own, own + width, room, 2 * (b * width + low))
+            block_sums(
+                x, i, rows, width, columns, pivot, low, w, step, channels, inner, w_room,
+                part, own, own + width, room, 2 * (b * width + low),
+            )  # fmt: skip
         elif rows * columns > 0:
-            normalize_rows(x, y, i, rows, width, columns, k, low, width + low, 2 * width + low)
+            word = (r * panels + p) * words
+            normalize_rows(
+                x, y, i, rows, width, columns, k, low, width + low, 2 * width + low, z, relu, word, panels * words
+            )
 
 
 @kernel
-def forward_rows(x, y, state, eps, count, measure, write, sizes):
+def forward_rows(x, y, state, eps, count, measure, write, sizes, z, relu, w, step):
     """Short inner runs. `sizes` is that of `grid`."""
     total, width, channels, inner, blocks, panel, panels, fused = sizes
     phase = FUSED if fused > 0 else SUMS if measure else WRITE
@@ -272,10 +333,11 @@ def forward_rows(x, y, state, eps, count, measure, write, sizes):
     sums = np.empty(2 * channels if phase == SUMS else 0)
     columns = np.empty(width if phase == SUMS else 0)
     part = np.empty(2 * blocks * width if phase == SUMS else 0)
-    k = np.empty(fused * (3 * panel + APART) if fused > 0 else 3 * channels, y.dtype)
-    k_columns = np.empty(fused * (3 * panel * inner + APART) if fused > 0 else 3 * width, y.dtype)
+    k = np.full(fused * (3 * panel + APART) if fused > 0 else 3 * channels, like(y))
+    k_columns = np.full(fused * (3 * panel * inner + APART) if fused > 0 else 3 * width, like(y))
+    w_room = rows_like(w, tiles, TERMS * strip_words(width, panel, inner, panels) * LANES)
     if phase == SUMS:
-        row_pivots(x, ZERO, outer, channels * inner, channels, inner, pivot, columns, part, sums)
+        row_pivots(x, ZERO, outer, channels * inner, channels, inner, w, step, pivot, columns, part, sums)
     final = False
     while True:
         if phase == SUMS:
@@ -286,11 +348,15 @@ def forward_rows(x, y, state, eps, count, measure, write, sizes):
             for i in range(3):
                 spread(k, i * channels, channels, inner, k_columns, i * width, width)
         for t in prange(tiles):
+            tile_w = row(w_room, np.intp(t))
             if phase == FUSED:
-                fused_strips(np.intp(t), x, y, state, eps, count, measure, write, sizes, room, k, k_columns)
+                fused_strips(
+                    np.intp(t), x, y, state, eps, count, measure, write, sizes, z, relu, w, step,
+                    room, tile_w, k, k_columns,
+                )  # fmt: skip
             else:
                 tile = tiles - 1 - np.intp(t) if phase == WRITE and measure else np.intp(t)  # the second pass goes back
-                rows_tile(phase, tile, x, y, columns, part, room, k_columns, sizes)
+                rows_tile(phase, tile, x, y, columns, part, room, k_columns, sizes, z, relu, w, step, tile_w)
         if phase != SUMS:
             break
         fold_columns(part, blocks, width, channels, inner, sums)

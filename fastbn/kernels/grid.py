@@ -72,6 +72,9 @@ STRIP = 1024
 FOLD = 512
 """Rows shorter than this are folded, several into one long row."""
 
+WORD = 16
+"""Bits of a word, one for each lane."""
+
 
 class Grid(NamedTuple):
     """The tiles of one array: `runs` names the kernel, `sizes` is what the kernel unpacks.
@@ -80,16 +83,24 @@ class Grid(NamedTuple):
 
     runs: outer, channels, inner, channels per group (0: split), tiles
     rows: elements, columns of a folded row, channels, inner, blocks of rows, channels per strip, strips, fused tiles
+
+    `words` of sixteen bits hold a bit for each element: a run, or a row of a strip, starts with a new one.
     """
 
     runs: bool
     fused: bool
     tiles: int
     sizes: npt.NDArray[np.int64]
+    words: int
 
 
 def _ceil(a: int, b: int) -> int:
     return -(-a // b)
+
+
+def _words_of_rows(total: int, width: int, columns: int, panels: int) -> int:
+    """Those of rows of `width` in strips of so many columns."""
+    return _ceil(total, width) * panels * _ceil(width if panels == 1 else columns, WORD)
 
 
 def _reduces_runs(outer: int, inner: int) -> bool:
@@ -109,7 +120,8 @@ def fused_grid(outer: int, channels: int, inner: int, itemsize: int, threads: in
         group = min(_ceil(AHEAD, inner), channels, max(1, GROUP_BYTES // (outer * inner * itemsize)))
         # Neighbours are pipelined: the fewer tiles the better, and Numba deals them out before they run.
         tiles = min(_ceil(channels, group), threads)
-        return Grid(True, True, tiles, np.array([outer, channels, inner, group, tiles], np.int64))
+        sizes = np.array([outer, channels, inner, group, tiles], np.int64)
+        return Grid(True, True, tiles, sizes, outer * channels * _ceil(inner, WORD))
     # At least 256 columns, 1 kB of float32 in each row; else an eighth of the columns, but no more than STRIP.
     width = min(STRIP, max(256, _ceil(channels * inner, 8)))
     panel = min(channels, max(1, width // inner))
@@ -118,7 +130,8 @@ def fused_grid(outer: int, channels: int, inner: int, itemsize: int, threads: in
     panels = _ceil(channels, panel)
     tiles = min(panels, threads)
     total, row = outer * channels * inner, channels * inner
-    return Grid(False, True, tiles, np.array([total, row, channels, inner, 1, panel, panels, tiles], np.int64))
+    sizes = np.array([total, row, channels, inner, 1, panel, panels, tiles], np.int64)
+    return Grid(False, True, tiles, sizes, _words_of_rows(total, row, panel * inner, panels))
 
 
 def split_grid(outer: int, channels: int, inner: int, itemsize: int) -> Grid:
@@ -126,7 +139,8 @@ def split_grid(outer: int, channels: int, inner: int, itemsize: int) -> Grid:
     if _reduces_runs(outer, inner):
         segments = outer * channels * _ceil(inner, SEGMENT)
         tiles = _even(min(segments, outer * channels * inner * itemsize // TILE_BYTES))
-        return Grid(True, False, tiles, np.array([outer, channels, inner, 0, tiles], np.int64))
+        sizes = np.array([outer, channels, inner, 0, tiles], np.int64)
+        return Grid(True, False, tiles, sizes, outer * channels * _ceil(inner, WORD))
     row = channels * inner
     fold = max(1, FOLD // row)
     fold = min(fold // 8 * 8 or fold, outer)  # whole vectors where rows are very short
@@ -138,5 +152,5 @@ def split_grid(outer: int, channels: int, inner: int, itemsize: int) -> Grid:
     columns = min(width, panel * inner * fold)
     blocks = _even(min(rows // 64, rows * columns * itemsize // TILE_BYTES))
     total = outer * row
-    sizes = [total, width, channels, inner, blocks, panel, panels, 0]
-    return Grid(False, False, blocks * panels, np.array(sizes, np.int64))
+    sizes = np.array([total, width, channels, inner, blocks, panel, panels, 0], np.int64)
+    return Grid(False, False, blocks * panels, sizes, _words_of_rows(total, width, panel * inner, panels))

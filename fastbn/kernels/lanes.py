@@ -5,37 +5,55 @@ callers, builds and processes: the last bits then depend on which copy of the co
 are spelled out. A processor with shorter vectors uses several registers for one value; the bits are the same. Nor does
 LLVM have to prove that an output overlaps no input: an array that is both works at full speed.
 
+What a call has not (a residual, weights, an activation) is None, and so are its lanes: added, multiplied or stored,
+they leave everything as it is. One loop serves all formulas, and what it compiles to has no trace of the absent parts.
+
+A piece is n <= 16 elements from an array's element i on; where n is LANES itself, it needs no mask.
+
 Each function below is an intrinsic for Numba; with the JIT off, its namesake in `plain` takes its place.
 """
 
+import numpy as np
 from llvmlite import ir
 from numba import config, types
 from numba.core import cgutils
 from numba.extending import intrinsic, models, register_model
 
+from .halves import from_half, half_of, to_half, vanishes
 from .plain import LANES
 
 __all__ = [
     "LANES",
     "apart",
     "compact",
+    "element",
+    "guarded",
+    "inside",
+    "like",
     "load",
     "load64",
-    "load64_part",
-    "load_part",
+    "load_apart",
     "minus",
     "muladd",
+    "of_channel",
     "only",
+    "passed",
     "plus",
     "prefetch",
+    "rectified",
+    "row",
+    "rows_like",
     "store",
-    "store_part",
     "times",
     "total",
     "zeros",
 ]
 
 LINE = 64  # bytes of a cache line
+WORD, INDEX = ir.IntType(32), ir.IntType(64)
+
+# Sees a literal LANES as one.
+literally = intrinsic(prefer_literal=True)
 
 
 class Lanes(types.Type):
@@ -52,19 +70,53 @@ class _LanesModel(models.PrimitiveModel):
         super().__init__(manager, lanes, _vector(lanes.dtype))
 
 
+def _float(dtype):
+    return ir.DoubleType() if dtype == types.float64 else ir.FloatType()
+
+
 def _vector(dtype):
-    return ir.VectorType(ir.DoubleType() if dtype == types.float64 else ir.FloatType(), LANES)
+    return ir.VectorType(_float(dtype), LANES)
 
 
-def _computed(dtype):
-    """The dtype to compute in: float32 where it holds every value, else float64. As Numba's own promotion."""
-    exact = dtype == types.float32 or (not isinstance(dtype, types.Float) and getattr(dtype, "bitwidth", 8) <= 16)
-    return types.float32 if exact else types.float64
+def _computed(x, y=types.float32):
+    """The dtype in which y is computed from x: float32 where y is and that holds every value of x, else float64."""
+    exact = x == types.float32 or (isinstance(x, (types.Integer, types.Boolean)) and getattr(x, "bitwidth", 8) <= 16)
+    return types.float32 if exact and y == types.float32 else types.float64
+
+
+def _absent(given):
+    return isinstance(given, types.NoneType)
+
+
+def _nothing(*given):
+    """What comes of an absent part."""
+    return types.none(*given), lambda context, builder, signature, arguments: context.get_dummy_value()
+
+
+def _count(given, value):
+    """How many elements a piece has; None where it is known to be whole."""
+    return None if isinstance(given, types.IntegerLiteral) and given.literal_value == LANES else value
+
+
+# ------------------------------------------------------------------------------------------------------------ vectors
+
+
+def _splat(builder, number):
+    """Sixteen of one number."""
+    lanes = ir.VectorType(number.type, LANES)
+    one = builder.insert_element(ir.Constant(lanes, ir.Undefined), number, WORD(0))
+    return builder.shuffle_vector(one, ir.Constant(lanes, ir.Undefined), ir.Constant(ir.VectorType(WORD, LANES), None))
+
+
+def _mask(builder, count):
+    """True in the first `count` lanes."""
+    counts = _splat(builder, builder.trunc(count, WORD))
+    return builder.icmp_unsigned("<", ir.Constant(counts.type, list(range(LANES))), counts)
 
 
 def _to(builder, value, dtype):
-    """Convert a vector of floats to lanes of `dtype`."""
-    target = _vector(dtype)
+    """Convert floats, lanes or one of them, to `dtype`."""
+    target = _vector(dtype) if isinstance(value.type, ir.VectorType) else _float(dtype)
     if value.type == target:
         return value
     return builder.fpext(value, target) if dtype == types.float64 else builder.fptrunc(value, target)
@@ -74,25 +126,17 @@ def _operand(context, builder, value, given, dtype):
     """Lanes of `dtype` from lanes or from a number, which goes to all of them."""
     if isinstance(given, Lanes):
         return _to(builder, value, dtype)
-    number = context.cast(builder, value, given, dtype)
-    one = builder.insert_element(ir.Constant(_vector(dtype), ir.Undefined), number, ir.IntType(32)(0))
-    zeros = ir.Constant(ir.VectorType(ir.IntType(32), LANES), None)
-    return builder.shuffle_vector(one, ir.Constant(_vector(dtype), ir.Undefined), zeros)
+    return _splat(builder, context.cast(builder, value, given, dtype))
+
+
+# --------------------------------------------------------------------------------------------------- loads and stores
 
 
 def _address(context, builder, array_type, array, index):
+    """The address of an element; of a half precision one as that of an int."""
     data = context.make_array(array_type)(context, builder, array).data
-    return builder.gep(data, [index])
-
-
-def _mask(builder, count):
-    """True in the first `count` lanes."""
-    word = ir.IntType(32)
-    number = builder.trunc(count, word)
-    lanes = ir.VectorType(word, LANES)
-    one = builder.insert_element(ir.Constant(lanes, ir.Undefined), number, word(0))
-    numbers = builder.shuffle_vector(one, ir.Constant(lanes, ir.Undefined), ir.Constant(lanes, None))
-    return builder.icmp_unsigned("<", ir.Constant(lanes, list(range(LANES))), numbers)
+    address = builder.gep(data, [index])
+    return builder.bitcast(address, ir.IntType(16).as_pointer()) if half_of(array_type.dtype) else address
 
 
 def _masked(builder, verb, stored, result, arguments):
@@ -104,97 +148,308 @@ def _masked(builder, verb, stored, result, arguments):
     return builder.call(cgutils.get_or_insert_function(builder.module, kind, name), arguments)
 
 
-def _load(array_type, dtype, part=False):
+def _raw(context, builder, address, count):
+    """The elements that lie at an address, as they are stored, and zeros after `count` of them."""
+    stored = address.type.pointee
+    lanes = ir.VectorType(stored, LANES)
+    whole = builder.bitcast(address, lanes.as_pointer())
+    align = context.get_abi_sizeof(stored)
+    if count is None:
+        return builder.load(whole, align=align)
+    given = [whole, WORD(align), _mask(builder, count), ir.Constant(lanes, None)]
+    return _masked(builder, "load", stored, lanes, given)
+
+
+def _raw_apart(builder, address, step, count):
+    """The same of elements that lie `step` apart; after `count` of them the last one again."""
+    value = ir.Constant(ir.VectorType(address.type.pointee, LANES), ir.Undefined)
+    last = INDEX(LANES - 1) if count is None else builder.sub(count, INDEX(1))
+    for lane in range(LANES):
+        near = builder.icmp_signed("<", INDEX(lane), last)
+        at = builder.mul(builder.select(near, INDEX(lane), last), step)
+        value = builder.insert_element(value, builder.load(builder.gep(address, [at])), WORD(lane))
+    return value
+
+
+def _floats(context, builder, value, dtype, target):
+    """Stored elements of a `dtype`, lanes or one of them, as floats of the dtype `target`."""
+    if name := half_of(dtype):
+        return _to(builder, from_half(context, builder, value, name), target)
+    if isinstance(dtype, types.Float):
+        return _to(builder, value, target)
+    kind = _vector(target) if isinstance(value.type, ir.VectorType) else _float(target)
+    return (builder.sitofp if getattr(dtype, "signed", False) else builder.uitofp)(value, kind)
+
+
+def _load(x, target, given, n, step=None):
+    """A load from x as lanes of the dtype `target`; n and step are the positions of these arguments."""
+    if _absent(x):
+        return _nothing(*given)
+
     def codegen(context, builder, signature, arguments):
-        address = _address(context, builder, array_type, *arguments[:2])
-        stored = address.type.pointee
-        lanes = ir.VectorType(stored, LANES)
-        whole = builder.bitcast(address, lanes.as_pointer())
-        align = context.get_abi_sizeof(stored)
-        if part:
-            mask = _mask(builder, arguments[2])
-            given = [whole, ir.IntType(32)(align), mask, ir.Constant(lanes, None)]
-            value = _masked(builder, "load", stored, lanes, given)
+        address = _address(context, builder, x, *arguments[:2])
+        count = _count(given[n], arguments[n])
+        if step is None or _absent(given[step]):
+            value = _raw(context, builder, address, count)
         else:
-            value = builder.load(whole, align=align)
-        if isinstance(array_type.dtype, types.Float):
-            return _to(builder, value, dtype)
-        signed = getattr(array_type.dtype, "signed", False)
-        return (builder.sitofp if signed else builder.uitofp)(value, _vector(dtype))
+            value = _raw_apart(builder, address, arguments[step], count)
+        return _floats(context, builder, value, x.dtype, target)
 
-    return Lanes(dtype)(array_type, *[types.intp] * (1 + part)), codegen
+    return Lanes(target)(*given), codegen
 
 
-@intrinsic
-def _load_computed(context, x, i):
-    return _load(x, _computed(x.dtype))
+@literally
+def _load_computed(context, x, i, n, y):
+    return _load(x, None if _absent(x) else _computed(x.dtype, y.dtype), (x, types.intp, n, y), 2)
 
 
-@intrinsic
-def _load_float64(context, x, i):
-    return _load(x, types.float64)
+@literally
+def _load_apart(context, x, i, step, n, y):
+    far = step if _absent(step) else types.intp
+    return _load(x, _computed(x.dtype, y.dtype), (x, types.intp, far, n, y), 3, 2)
 
 
-@intrinsic
-def _load_computed_part(context, x, i, n):
-    return _load(x, _computed(x.dtype), part=True)
+@literally
+def _load_float64(context, x, i, n):
+    return _load(x, types.float64, (x, types.intp, n), 2)
 
 
 @intrinsic
-def _load_float64_part(context, x, i, n):
-    return _load(x, types.float64, part=True)
-
-
-@intrinsic
-def _only(context, value, n):
+def _element(context, x, i):
     def codegen(context, builder, signature, arguments):
-        lanes, count = arguments
-        return builder.select(_mask(builder, count), lanes, ir.Constant(lanes.type, None))
+        value = builder.load(_address(context, builder, x, *arguments))
+        return _floats(context, builder, value, x.dtype, types.float64)
 
-    return value(value, types.intp), codegen
+    return types.float64(x, types.intp), codegen
 
 
-@intrinsic
-def _store(context, y, i, value):
+@literally
+def _store(context, y, i, n, value):
+    given = y, types.intp, n, value
+    if _absent(y):
+        return _nothing(*given)
+
     def codegen(context, builder, signature, arguments):
-        array, index, lanes = arguments
-        address = _address(context, builder, y, array, index)
-        whole = builder.bitcast(address, _vector(y.dtype).as_pointer())
-        builder.store(_to(builder, lanes, y.dtype), whole, align=context.get_abi_sizeof(address.type.pointee))
+        address = _address(context, builder, y, *arguments[:2])
+        lanes, stored = arguments[3], address.type.pointee
+        name = half_of(y.dtype)
+        lanes = to_half(context, builder, lanes, name) if name else _to(builder, lanes, y.dtype)
+        whole = builder.bitcast(address, lanes.type.as_pointer())
+        align, count = context.get_abi_sizeof(stored), _count(n, arguments[2])
+        if count is None:
+            builder.store(lanes, whole, align=align)
+        else:
+            given = [lanes, whole, WORD(align), _mask(builder, count)]
+            _masked(builder, "store", stored, ir.VoidType(), given)
         return context.get_dummy_value()
 
-    return types.void(y, types.intp, value), codegen
-
-
-@intrinsic
-def _store_part(context, y, i, n, value):
-    def codegen(context, builder, signature, arguments):
-        array, index, count, lanes = arguments
-        address = _address(context, builder, y, array, index)
-        stored = address.type.pointee
-        whole = builder.bitcast(address, _vector(y.dtype).as_pointer())
-        align = ir.IntType(32)(context.get_abi_sizeof(stored))
-        given = [_to(builder, lanes, y.dtype), whole, align, _mask(builder, count)]
-        _masked(builder, "store", stored, ir.VoidType(), given)
-        return context.get_dummy_value()
-
-    return types.void(y, types.intp, types.intp, value), codegen
+    return types.void(*given), codegen
 
 
 @intrinsic
 def _prefetch(context, x, i):
+    if _absent(x):
+        return _nothing(x, i)
+
     def codegen(context, builder, signature, arguments):
-        byte, word = ir.IntType(8).as_pointer(), ir.IntType(32)
+        byte = ir.IntType(8).as_pointer()
         address = _address(context, builder, x, *arguments)
         size = context.get_abi_sizeof(address.type.pointee)
-        kind = ir.FunctionType(ir.VoidType(), [byte, word, word, word])
+        kind = ir.FunctionType(ir.VoidType(), [byte, WORD, WORD, WORD])
         function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
         for lane in range(0, LANES, max(1, LINE // size)):
-            line = builder.bitcast(builder.gep(address, [word(lane)]), byte)
-            builder.call(function, [line, word(0), word(3), word(1)])  # to read, into the first level, data
+            line = builder.bitcast(builder.gep(address, [WORD(lane)]), byte)
+            builder.call(function, [line, WORD(0), WORD(3), WORD(1)])  # to read, into the first level, data
         return context.get_dummy_value()
 
     return types.void(x, types.intp), codegen
+
+
+# --------------------------------------------------------------------------------------------------------- arithmetic
+
+
+def _elementwise(operation, *given):
+    """float64 if any lanes are; a number takes the dtype of the lanes."""
+    dtypes = [g.dtype for g in given if isinstance(g, Lanes)]
+    dtype = types.float64 if types.float64 in dtypes else types.float32
+
+    def codegen(context, builder, signature, arguments):
+        pairs = zip(arguments, given, strict=True)
+        return operation(builder, *(_operand(context, builder, a, g, dtype) for a, g in pairs))
+
+    return Lanes(dtype)(*given), codegen
+
+
+def _unchanged(a, *others, at=0):
+    return a(*others), lambda context, builder, signature, arguments: arguments[at]
+
+
+@intrinsic
+def _minus(context, a, b):
+    return _elementwise(lambda builder, a, b: builder.fsub(a, b), a, b)
+
+
+@intrinsic
+def _plus(context, a, b):
+    if _absent(b):
+        return _unchanged(a, a, b)
+    return _elementwise(lambda builder, a, b: builder.fadd(a, b), a, b)
+
+
+@intrinsic
+def _times(context, a, b):
+    if _absent(b):
+        return _unchanged(a, a, b)
+    return _elementwise(lambda builder, a, b: builder.fmul(a, b), a, b)
+
+
+@intrinsic
+def _muladd(context, a, b, c):
+    def fmuladd(builder, a, b, c):
+        element = "f64" if isinstance(a.type.element, ir.DoubleType) else "f32"
+        kind = ir.FunctionType(a.type, [a.type] * 3)
+        name = f"llvm.fmuladd.v{LANES}{element}"
+        return builder.call(cgutils.get_or_insert_function(builder.module, kind, name), [a, b, c])
+
+    return _elementwise(fmuladd, a, b, c)
+
+
+@literally
+def _only(context, value, n):
+    def codegen(context, builder, signature, arguments):
+        lanes, count = arguments[0], _count(n, arguments[1])
+        return lanes if count is None else builder.select(_mask(builder, count), lanes, ir.Constant(lanes.type, None))
+
+    return value(value, n), codegen
+
+
+@intrinsic
+def _zeros(context):
+    return Lanes(types.float64)(), lambda context, builder, signature, arguments: ir.Constant(
+        _vector(types.float64), [0.0] * LANES
+    )
+
+
+@intrinsic
+def _total(context, a):
+    def codegen(context, builder, signature, arguments):
+        parts = [builder.extract_element(arguments[0], WORD(k)) for k in range(LANES)]
+        while len(parts) > 1:
+            half = len(parts) // 2
+            parts = [builder.fadd(parts[k], parts[k + half]) for k in range(half)]
+        return parts[0]
+
+    return a.dtype(a), codegen
+
+
+# ------------------------------------------------------------------------------------------------- weights, activation
+
+
+def _zero(value):
+    return ir.Constant(value.type, [0.0] * LANES)
+
+
+@intrinsic
+def _inside(context, value, weight):
+    if _absent(weight):
+        return _unchanged(value, value, weight)
+
+    def codegen(context, builder, signature, arguments):
+        lanes, w = arguments
+        return builder.select(builder.fcmp_unordered("!=", w, _zero(w)), lanes, _zero(lanes))
+
+    return value(value, weight), codegen
+
+
+@intrinsic
+def _guarded(context, value, weight):
+    if _absent(weight):
+        return _unchanged(value, value, weight)
+
+    def codegen(context, builder, signature, arguments):
+        lanes, w = arguments
+        finite = builder.fcmp_ordered("==", builder.fsub(lanes, lanes), _zero(lanes))  # inf - inf is NaN
+        counts = builder.or_(finite, builder.fcmp_unordered("!=", w, _zero(w)))
+        return builder.select(counts, lanes, _zero(lanes))
+
+    return value(value, weight), codegen
+
+
+def _bits(context, builder, array_type, array, index):
+    """Where the sixteen bits of a piece lie."""
+    lanes = ir.VectorType(ir.IntType(1), LANES)
+    return builder.bitcast(_address(context, builder, array_type, array, index), lanes.as_pointer())
+
+
+@intrinsic
+def _rectified(context, value, relu, word, y):
+    given = value, relu, types.intp, y
+    if _absent(relu):
+        return _unchanged(value, *given)
+
+    def codegen(context, builder, signature, arguments):
+        lanes, bits, at, _ = arguments
+        if isinstance(relu, types.Array):
+            least = ir.Constant(lanes.type, [vanishes(y.dtype) if lanes.type != _vector(y.dtype) else 0.0] * LANES)
+            positive = builder.fcmp_ordered(">", lanes, least)
+            builder.store(positive, _bits(context, builder, relu, bits, at), align=2)
+        return builder.select(builder.fcmp_ordered("<=", lanes, _zero(lanes)), _zero(lanes), lanes)  # NaN stays
+
+    return value(*given), codegen
+
+
+@intrinsic
+def _passed(context, value, relu, word):
+    given = value, relu, types.intp
+    if _absent(relu):
+        return _unchanged(value, *given)
+
+    def codegen(context, builder, signature, arguments):
+        lanes, bits, at = arguments
+        positive = builder.load(_bits(context, builder, relu, bits, at), align=2)
+        return builder.select(positive, lanes, _zero(lanes))
+
+    return value(*given), codegen
+
+
+# ---------------------------------------------------------------------------------------------------- for the compiler
+
+
+@intrinsic
+def _of_channel(context, count, c):
+    if isinstance(count, (types.Float, types.NoneType)):
+        return _unchanged(count, count, types.intp)
+
+    def codegen(context, builder, signature, arguments):
+        return builder.load(_address(context, builder, count, *arguments))
+
+    return count.dtype(count, types.intp), codegen
+
+
+@intrinsic
+def _row(context, a, t):
+    if _absent(a):
+        return _nothing(a, types.intp)
+    kind = types.Array(a.dtype, 1, "C")(a, types.intp)
+    return kind, lambda context, builder, signature, arguments: context.compile_internal(
+        builder, lambda a, t: a[t], signature, arguments
+    )
+
+
+@intrinsic
+def _rows_like(context, a, rows, columns):
+    if _absent(a):
+        return _nothing(a, types.intp, types.intp)
+    kind = types.Array(a.dtype, 2, "C")(a, types.intp, types.intp)
+    return kind, lambda context, builder, signature, arguments: context.compile_internal(
+        builder, lambda a, rows, columns: np.empty((rows, columns), a.dtype), signature, arguments
+    )
+
+
+@intrinsic
+def _like(context, y):
+    dtype = types.float32 if y.dtype == types.float32 else types.float64
+    return dtype(y), lambda context, builder, signature, arguments: context.get_constant(dtype, 0.0)
 
 
 def _attribute(*names):
@@ -216,107 +471,72 @@ def _apart(context):
     return _attribute("noinline")
 
 
-def _dtype_of(*given):
-    """float64 if any lanes are; a number takes the dtype of the lanes."""
-    dtypes = [g.dtype for g in given if isinstance(g, Lanes)]
-    return types.float64 if types.float64 in dtypes else types.float32
-
-
-def _elementwise(operation, *given):
-    dtype = _dtype_of(*given)
-
-    def codegen(context, builder, signature, arguments):
-        pairs = zip(arguments, given, strict=True)
-        return operation(builder, *(_operand(context, builder, a, g, dtype) for a, g in pairs))
-
-    return Lanes(dtype)(*given), codegen
-
-
-@intrinsic
-def _minus(context, a, b):
-    return _elementwise(lambda builder, a, b: builder.fsub(a, b), a, b)
-
-
-@intrinsic
-def _plus(context, a, b):
-    return _elementwise(lambda builder, a, b: builder.fadd(a, b), a, b)
-
-
-@intrinsic
-def _times(context, a, b):
-    return _elementwise(lambda builder, a, b: builder.fmul(a, b), a, b)
-
-
-@intrinsic
-def _muladd(context, a, b, c):
-    def fmuladd(builder, a, b, c):
-        element = "f64" if isinstance(a.type.element, ir.DoubleType) else "f32"
-        kind = ir.FunctionType(a.type, [a.type] * 3)
-        name = f"llvm.fmuladd.v{LANES}{element}"
-        return builder.call(cgutils.get_or_insert_function(builder.module, kind, name), [a, b, c])
-
-    return _elementwise(fmuladd, a, b, c)
-
-
-@intrinsic
-def _zeros(context):
-    return Lanes(types.float64)(), lambda context, builder, signature, arguments: ir.Constant(
-        _vector(types.float64), [0.0] * LANES
-    )
-
-
-@intrinsic
-def _total(context, a):
-    def codegen(context, builder, signature, arguments):
-        parts = [builder.extract_element(arguments[0], ir.IntType(32)(k)) for k in range(LANES)]
-        while len(parts) > 1:
-            half = len(parts) // 2
-            parts = [builder.fadd(parts[k], parts[k + half]) for k in range(half)]
-        return parts[0]
-
-    return a.dtype(a), codegen
-
-
 if config.DISABLE_JIT:
     from .plain import (
         apart,
         compact,
+        element,
+        guarded,
+        inside,
+        like,
         load,
         load64,
-        load64_part,
-        load_part,
+        load_apart,
         minus,
         muladd,
+        of_channel,
         only,
+        passed,
         plus,
         prefetch,
+        rectified,
+        row,
+        rows_like,
         store,
-        store_part,
         times,
         total,
         zeros,
     )
 else:
-    #: x[i : i + 16], in float32 where that holds every value of x's dtype, else in float64.
+    #: load(x, i, n, y): n elements, then zeros, in the dtype in which y is computed from x: float32 if y is float32 and
+    #: that holds every value of x's dtype, else float64.
     load = _load_computed
-    #: x[i : i + 16] in float64.
+    #: load_apart(x, i, step, n, y): the same of elements that lie `step` apart; side by side if that is None.
+    load_apart = _load_apart
+    #: load64(x, i, n): in float64.
     load64 = _load_float64
-    #: y[i : i + 16] = value, rounded to y's dtype.
+    #: element(x, i): one element, in float64.
+    element = _element
+    #: store(y, i, n, value): the first n lanes, rounded to y's dtype once.
     store = _store
-    #: The same for a last, shorter piece of n < 16 elements: no other is read or written; other lanes are 0.
-    load_part, load64_part, store_part = _load_computed_part, _load_float64_part, _store_part
-    #: The first n lanes, and 0 in the others.
+    #: only(value, n): the first n lanes, and 0 in the others.
     only = _only
-    #: Bring x[i : i + 16] into the cache. Any i will do: an address outside of the array has no effect.
+    #: prefetch(x, i): bring a piece into the cache. Any i will do: an address outside of the array has no effect.
     prefetch = _prefetch
-    #: a - b, a + b, a * b, a * b + c (in one rounding where the processor can). A number stands for sixteen of it.
+    #: a - b, a + b, a * b, a * b + c (in one rounding where the processor can). A number stands for sixteen of it;
+    #: a + b and a * b are a where b is None.
     minus, plus, times, muladd = _minus, _plus, _times, _muladd
+    #: Sixteen float64 zeros.
+    zeros = _zeros
+    #: The sum of the lanes, halves upon halves.
+    total = _total
+    #: inside(value, weight): 0 where the weight is 0, even if the value is NaN.
+    inside = _inside
+    #: guarded(value, weight): 0 where the weight is 0 and the value not finite.
+    guarded = _guarded
+    #: rectified(value, relu, word, y): ReLU, unless relu is None; NaN stays NaN. Where relu is an array of words, its
+    #: element `word` receives a bit for each lane: whether it is above 0 in y's dtype.
+    rectified = _rectified
+    #: passed(value, relu, word): the lanes whose bits are set, and 0 in the others: the gradient of `rectified`.
+    passed = _passed
+    #: of_channel(count, c): count[c] of an array; a number is that of every channel.
+    of_channel = _of_channel
+    #: row(a, t): a[t]; rows_like(a, rows, columns): new, of a's dtype.
+    row, rows_like = _row, _rows_like
+    #: like(y): a zero of the dtype in which y's coefficients are kept: float32 if y is, else float64.
+    like = _like
     #: Called by a function of which there is to be one copy, not one in each caller. Numba has a parallel kernel
     #: optimized and translated four times, with all that it calls: compile time goes by their size.
     apart = _apart
     #: The same, and its loops are to stay as they are written, not to be turned into vectors.
     compact = _compact
-    #: Sixteen float64 zeros.
-    zeros = _zeros
-    #: The sum of the lanes, halves upon halves.
-    total = _total

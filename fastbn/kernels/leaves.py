@@ -2,14 +2,19 @@
 
 Those of the backward are in `backward`; a frozen one uses `normalize_run` and `normalize_rows` from here.
 
-Statistics are shifted sums. With a pivot p near the mean of a channel,
+Statistics are shifted sums. With weights w (1 if there are none), their sum n, and a pivot p near a channel's mean,
 
-    s = sum(x - p)        q = sum((x - p)**2)
-    mean = p + s / n      m2 = q - s**2 / n
+    s = sum(w * (x - p))        q = sum(w * (x - p)**2)
+    mean = p + s / n            m2 = q - s**2 / n
 
 in float64, which is exact to float64 as long as (mean - p)**2 is not large beside the variance; `settle` checks that,
 and asks for a second pass with the mean as the pivot where it fails. (Chan, Golub, LeVeque 1983, "Algorithms for
 computing the sample variance", section 3, the shifted two-pass family.)
+
+    y = relu((x - centre) * scale + shift + z)
+
+with the residual z and the activation only where there are any: the parts of a formula that may be None are z, `relu`
+(True, or the array that receives the bits of y > 0) and w (see `lanes`).
 """
 
 import numpy as np
@@ -20,17 +25,20 @@ from .lanes import (
     LANES,
     apart,
     compact,
+    element,
+    inside,
     load,
     load64,
-    load64_part,
-    load_part,
+    load_apart,
     minus,
     muladd,
+    of_channel,
     only,
     plus,
     prefetch,
+    rectified,
     store,
-    store_part,
+    times,
     total,
     zeros,
 )
@@ -42,6 +50,9 @@ PIECE = TERMS * LANES
 CANCELLED = 0.75
 
 
+# -------------------------------------------------------------------------------------------------------------- pieces
+
+
 @elementwise
 def ahead(k, row, step):
     """Where the values lie that come AHEAD after position k of a row: in this row, or in the next, `step` away."""
@@ -50,29 +61,136 @@ def ahead(k, row, step):
 
 
 @elementwise
-def run_sums(x, low, high, pivot):
-    """s and q of x[low:high], of no more than TERMS pieces."""
+def terms(x, i, n, pivot, w, j):
+    """d = x - pivot of a piece, and w * d; 0 where the weight is."""
+    weight = load64(w, j, n)
+    d = inside(only(minus(load64(x, i, n), pivot), n), weight)
+    return d, times(d, weight)
+
+
+@elementwise
+def normalize(x, i, step, y, j, n, centre, scale, shift, z, relu, word):
+    """A piece of y from element j on, from those of x that lie `step` apart from i on."""
+    value = muladd(minus(load_apart(x, i, step, n, y), centre), scale, shift)
+    store(y, j, n, rectified(plus(value, load(z, j, n, y)), relu, word, y))
+
+
+@elementwise
+def add_rows(x, a, stride, n, pivot, w, j, width, sums, s, q):
+    """Add a piece of four rows to their column sums: a quarter of the loads and stores of these."""
+    da, ea = terms(x, a, n, pivot, w, j)
+    db, eb = terms(x, a + stride, n, pivot, w, j + width)
+    dc, ec = terms(x, a + 2 * stride, n, pivot, w, j + 2 * width)
+    dd, ed = terms(x, a + 3 * stride, n, pivot, w, j + 3 * width)
+    store(sums, s, n, plus(load64(sums, s, n), plus(plus(ea, eb), plus(ec, ed))))
+    store(sums, q, n, muladd(ed, dd, muladd(ec, dc, muladd(eb, db, muladd(ea, da, load64(sums, q, n))))))
+
+
+@elementwise
+def add_row(x, a, n, pivot, w, j, sums, s, q):
+    """Add a piece of one row to its column sums."""
+    d, e = terms(x, a, n, pivot, w, j)
+    store(sums, s, n, plus(load64(sums, s, n), e))
+    store(sums, q, n, muladd(e, d, load64(sums, q, n)))
+
+
+# ------------------------------------------------------------------------------------------------------------- weights
+
+
+@elementwise
+def run_weights(w, step, n, c, k, number, room):
+    """Where the weights of `number` elements of a run lie, from its k-th on: in w, or if they are all one, in room.
+
+    The weight of sample n, channel c and element k is w[n * step[0] + c * step[1] + k * step[2]].
+    """
+    at, one = 0, True
+    if w is not None:
+        at, one = n * step[0] + c * step[1] + k * step[2], step[2] == 0
+        for m in range(number if one else 0):
+            room[m] = w[at]
+    return (room if one else w), (0 if one else at)
+
+
+@elementwise
+def row_weights(w, step, channels, inner, first, rows, stride, width, room):
+    """Set `room` to the weights of `rows` rows of `width` elements, `stride` apart, from element `first` on."""
+    if w is None:
+        return
+    row = channels * inner
+    for r in range(rows):
+        i, j = first + r * stride, r * width
+        while j < (r + 1) * width:
+            n, rest = i // row, i % row
+            few = min(row - rest, (r + 1) * width - j)
+            at = n * step[0]
+            if step[1] == 0 and step[2] == 0:
+                for m in range(few):
+                    room[j + m] = w[at]
+            elif step[1] == inner and step[2] == min(inner - 1, 1):  # a weight for every element
+                for m in range(few):
+                    room[j + m] = w[at + rest + m]
+            else:
+                c, k = rest // inner, rest % inner
+                for m in range(few):
+                    room[j + m] = w[at + c * step[1] + k * step[2]]
+                    k += 1
+                    if k == inner:
+                        c, k = c + 1, 0
+            i, j = i + few, j + few
+
+
+@exact
+def weighted_pivot(x, w, step, c, outer, channels, inner, most):
+    """The weighted mean of the first values of a channel whose weights are not 0, at most `most`; 0 if there are none.
+
+    As accurate for any offset as the pivots of the kernels: one value plus the mean distance from it.
+    """
+    compact()
+    seen = 0
+    first, s, weights = np.float64(0.0), np.float64(0.0), np.float64(0.0)
+    for n in range(outer):
+        at = n * step[0] + c * step[1]
+        for k in range(inner if step[2] != 0 or w[at] > 0 else 0):
+            weight = np.float64(w[at + k * step[2]])
+            if weight > 0.0:
+                value = element(x, (n * channels + c) * inner + k)
+                if seen == 0:
+                    first = value
+                s += weight * (value - first)
+                weights += weight
+                seen += 1
+                if seen == most:
+                    return first + s / weights
+    return first + s / weights if seen > 0 else np.float64(0.0)
+
+
+# ---------------------------------------------------------------------------------------------------------------- sums
+
+
+@elementwise
+def run_sums(x, low, high, pivot, w, j):
+    """s and q of x[low:high], of no more than TERMS pieces; its weights start at w[j]."""
     sss, qqq = zeros(), zeros()
     whole = high - (high - low) % LANES
     for piece in range(low, whole, PIECE):
         ss, qq = zeros(), zeros()
         for i in range(piece, min(piece + PIECE, whole), LANES):
             prefetch(x, i + AHEAD)
-            d = minus(load64(x, i), pivot)
-            ss, qq = plus(ss, d), muladd(d, d, qq)
+            d, e = terms(x, i, LANES, pivot, w, j + (i - low))
+            ss, qq = plus(ss, e), muladd(e, d, qq)
         sss, qqq = plus(sss, ss), plus(qqq, qq)
     if whole < high:
-        d = only(minus(load64_part(x, whole, high - whole), pivot), high - whole)
-        sss, qqq = plus(sss, d), muladd(d, d, qqq)
+        d, e = terms(x, whole, high - whole, pivot, w, j + (whole - low))
+        sss, qqq = plus(sss, e), muladd(e, d, qqq)
     return total(sss), total(qqq)
 
 
 @elementwise
-def few_rows_sums(x, i, rows, stride, width, pivot, p, sums, s, q):
+def few_rows_sums(x, i, rows, stride, width, pivot, p, w, sums, s, q):
     """Add to the column sums s and q those of `rows` rows, `stride` elements apart, from x[i] on.
 
-    The pivots of the `width` columns start at pivot[p], the sums at sums[s] and sums[q]. Four rows in one sweep over
-    the sums: a quarter of their loads and stores, 1.2 times as fast.
+    The pivots of the `width` columns start at pivot[p], the sums at sums[s] and sums[q]; w has the weights of the rows
+    side by side. Four rows in one sweep over the sums are 1.2 times as fast.
     """
     compact()
     whole = width // LANES * LANES
@@ -80,56 +198,45 @@ def few_rows_sums(x, i, rows, stride, width, pivot, p, sums, s, q):
     swept = rows // 4 * 4
     for r in range(0, swept, 4):
         a = i + r * stride
-        b = a + stride
-        c = b + stride
-        d = c + stride
         for j in range(0, whole, LANES):
-            far = ahead(j, width, 4 * stride)
-            prefetch(x, a + far)
-            prefetch(x, b + far)
-            prefetch(x, c + far)
-            prefetch(x, d + far)
-            v = load(pivot, p + j)
-            va, vb = minus(load64(x, a + j), v), minus(load64(x, b + j), v)
-            vc, vd = minus(load64(x, c + j), v), minus(load64(x, d + j), v)
-            store(sums, s + j, plus(load(sums, s + j), plus(plus(va, vb), plus(vc, vd))))
-            store(sums, q + j, muladd(vd, vd, muladd(vc, vc, muladd(vb, vb, muladd(va, va, load(sums, q + j))))))
+            far = a + ahead(j, width, 4 * stride)
+            prefetch(x, far)
+            prefetch(x, far + stride)
+            prefetch(x, far + 2 * stride)
+            prefetch(x, far + 3 * stride)
+            v = load64(pivot, p + j, LANES)
+            add_rows(x, a + j, stride, LANES, v, w, r * width + j, width, sums, s + j, q + j)
         if rest > 0:
-            j = whole
-            v = load_part(pivot, p + j, rest)
-            va, vb = minus(load64_part(x, a + j, rest), v), minus(load64_part(x, b + j, rest), v)
-            vc, vd = minus(load64_part(x, c + j, rest), v), minus(load64_part(x, d + j, rest), v)
-            store_part(sums, s + j, rest, plus(load_part(sums, s + j, rest), plus(plus(va, vb), plus(vc, vd))))
-            before = load_part(sums, q + j, rest)
-            squares = muladd(vd, vd, muladd(vc, vc, muladd(vb, vb, muladd(va, va, before))))
-            store_part(sums, q + j, rest, squares)
+            v = load64(pivot, p + whole, rest)
+            add_rows(x, a + whole, stride, rest, v, w, r * width + whole, width, sums, s + whole, q + whole)
     for r in range(swept, rows):
         a = i + r * stride
         for j in range(0, whole, LANES):
-            va = minus(load64(x, a + j), load(pivot, p + j))
-            store(sums, s + j, plus(load(sums, s + j), va))
-            store(sums, q + j, muladd(va, va, load(sums, q + j)))
+            add_row(x, a + j, LANES, load64(pivot, p + j, LANES), w, r * width + j, sums, s + j, q + j)
         if rest > 0:
-            j = whole
-            va = minus(load64_part(x, a + j, rest), load_part(pivot, p + j, rest))
-            store_part(sums, s + j, rest, plus(load_part(sums, s + j, rest), va))
-            store_part(sums, q + j, rest, muladd(va, va, load_part(sums, q + j, rest)))
+            v = load64(pivot, p + whole, rest)
+            add_row(x, a + whole, rest, v, w, r * width + whole, sums, s + whole, q + whole)
 
 
 @exact
-def block_sums(x, i, rows, stride, width, pivot, p, sums, s, q, room, r):
+def block_sums(x, i, rows, stride, width, pivot, p, w, step, channels, inner, w_room, sums, s, q, room, r):
     """The same for any number of rows, TERMS at a time; sums[s] and sums[q] are 0 before.
 
-    From room[r] on there is room for 2 * `width` sums, if there are more than TERMS rows.
+    From room[r] on there is room for 2 * `width` sums, if there are more than TERMS rows, and in `w_room` for as many
+    rows of weights.
     """
     compact()
-    few_rows_sums(x, i, min(rows, TERMS), stride, width, pivot, p, sums, s, q)
-    for row in range(TERMS, rows, TERMS):
-        room[r : r + 2 * width] = 0.0
+    for row in range(0, rows, TERMS):
         few = min(TERMS, rows - row)
-        few_rows_sums(x, i + row * stride, few, stride, width, pivot, p, room, r, r + width)
-        add(sums, s, room, r, width)
-        add(sums, q, room, r + width, width)
+        at = i + row * stride
+        row_weights(w, step, channels, inner, at, few, stride, width, w_room)
+        if row == 0:
+            few_rows_sums(x, at, few, stride, width, pivot, p, w_room, sums, s, q)
+        else:
+            room[r : r + 2 * width] = 0.0
+            few_rows_sums(x, at, few, stride, width, pivot, p, w_room, room, r, r + width)
+            add(sums, s, room, r, width)
+            add(sums, q, room, r + width, width)
 
 
 @elementwise
@@ -150,7 +257,7 @@ def add(a, i, b, j, number):
     """a[i] += b[j] and so on, `number` of them."""
     whole = number // LANES * LANES
     for k in range(0, whole, LANES):
-        store(a, i + k, plus(load(a, i + k), load(b, j + k)))
+        store(a, i + k, LANES, plus(load64(a, i + k, LANES), load64(b, j + k, LANES)))
     for k in range(whole, number):
         a[i + k] += b[j + k]
 
@@ -165,26 +272,40 @@ def add_up(a, first, number, size):
         number -= half
 
 
+# -------------------------------------------------------------------------------------------------- what sums amount to
+
+
 @exact
 def settle(sums, pivot, number, count, state, first, final):
     """Mean and m2 of `number` channels from `first` on, from `sums`: s of each channel, then q of each.
 
-    Returns True when done. False: some pivots were too far from the mean; they have been replaced, sum again. Pivots
-    that were good stay, so that one wild channel does not move the bits of the others.
+    `count` is the sum of the weights, for all channels or for each. Returns True when done. False: some pivots were too
+    far from the mean; they have been replaced, sum again. Pivots that were good stay, so that one wild channel does not
+    move the bits of the others.
     """
     compact()
     done = True
     for c in range(number):
-        s, q = sums[c], sums[number + c]
-        mean = pivot[c] + s / count
+        s, q, n = sums[c], sums[number + c], of_channel(count, first + c)
+        if n == 0.0:  # no value at all
+            state[0, first + c], state[1, first + c] = np.float64(0.0), np.float64(0.0)
+            continue
+        mean = pivot[c] + s / n
         state[0, first + c] = mean
-        m2 = q - s * (s / count)
+        m2 = q - s * (s / n)
         state[1, first + c] = max(m2, np.float64(0.0)) if m2 == m2 else m2
-        trusted = s * (s / count) <= CANCELLED * q  # False for NaN
+        trusted = s * (s / n) <= CANCELLED * q  # False for NaN
         if not trusted and not final:
             done = False
             pivot[c] = mean if np.isfinite(mean) else np.float64(0.0)
     return done
+
+
+@exact
+def variance(state, count, c):
+    """The variance of a channel; 0 where there is no value."""
+    n = of_channel(count, c)
+    return state[1, c] / n if n != 0.0 else np.float64(0.0)
 
 
 @exact
@@ -196,7 +317,7 @@ def inverse_std(var, eps):
 
 @exact
 def affine(state, eps, count, first, number, k):
-    """k = `number` centres, scales and shifts of y = (x - centre) * scale + shift, in y's dtype.
+    """k = `number` centres, scales and shifts of y = (x - centre) * scale + shift, in the dtype y is computed in.
 
     They belong to the channels from `first` on.
 
@@ -206,102 +327,116 @@ def affine(state, eps, count, first, number, k):
     compact()
     for i in range(number):
         mean, gamma, beta = state[0, first + i], state[2, first + i], state[3, first + i]
-        scale = gamma * inverse_std(state[1, first + i] / count, eps)
+        var = variance(state, count, first + i)
+        scale = gamma * inverse_std(var, eps)
         k[i] = mean
         k[number + i] = scale
-        if state[1, first + i] == 0.0 and np.isinf(k[number + i]):  # 0 * inf would be NaN
+        if var == 0.0 and np.isinf(k[number + i]):  # 0 * inf would be NaN
             scale = np.float64(0.0)
             k[number + i] = scale
         k[2 * number + i] = beta + (k[i] - mean) * scale
 
 
+# -------------------------------------------------------------------------------------------------------------- x to y
+
+
 @elementwise
-def normalize_run(x, y, low, high, centre, scale, shift):
-    """y = (x - centre) * scale + shift from `low` to `high`."""
+def normalize_run(x, at, step, y, low, high, centre, scale, shift, z, relu, word):
+    """y from `low` to `high`, from those elements of x that lie `step` apart from `at` on (None: side by side)."""
     whole = high - (high - low) % LANES
     for i in range(low, whole, LANES):
-        prefetch(x, i + AHEAD)
+        far = at + (i - low) * (1 if step is None else step)
+        prefetch(x, far + AHEAD)
         prefetch(y, i + AHEAD)
-        store(y, i, muladd(minus(load(x, i), centre), scale, shift))
+        prefetch(z, i + AHEAD)
+        normalize(x, far, step, y, i, LANES, centre, scale, shift, z, relu, word + (i - low) // LANES)
     if whole < high:
-        rest = high - whole
-        store_part(y, whole, rest, muladd(minus(load_part(x, whole, rest), centre), scale, shift))
+        far = at + (whole - low) * (1 if step is None else step)
+        last = word + (whole - low) // LANES
+        normalize(x, far, step, y, whole, high - whole, centre, scale, shift, z, relu, last)
 
 
 @elementwise
-def sum_group(x, y, i, j, outer, stride, inner, up, write, k3, pivot, group, lanes, sums):
+def sum_group(x, y, i, j, outer, stride, inner, up, write, k3, z, relu, pivot, group, w, step, w_room, lanes, sums):
     """Set `sums` to s of `group` consecutive channels, then to their q, and in the same loop `write` y of other ones.
 
     x[j] is the first value of those that are summed. Each of the `outer` samples, `stride` apart and taken `up` or
     down, has the runs of `inner` elements of the group side by side. `lanes` is room for the sixteen partial sums of
     every s and q. y is written of the channels that start at i, whose coefficients by `affine` are k3. `write` is
     passed as a literal True or False, and Numba compiles one function for each: a test in the loop costs 3 %, at 7 x 7
-    a tenth. `pivot` has a value for each channel of the group.
+    a tenth. `pivot` has a value for each channel of the group, `w_room` room for a piece of weights.
 
     Writing some channels while reading the next keeps both directions of memory busy: training took 1.6 copies where
     one came after the other. Alternating between the two by blocks gained nothing.
     """
     apart()
-    row, step = group * inner, stride if up else -stride
+    row, down = group * inner, stride if up else -stride
+    words = -(-inner // LANES)  # of the bits of a run
     sums[:] = 0.0
     for c in range(2 * group):
-        store(lanes, c * LANES, zeros())
-    often = max(1, TERMS // -(-inner // LANES))  # samples, after which the lanes are added up
+        store(lanes, c * LANES, LANES, zeros())
+    often = max(1, TERMS // words)  # samples, after which the lanes are added up
     for m in range(outer):
         n = m if up else outer - 1 - m
         a, b = i + n * stride, j + n * stride
+        word = a // inner * words
         drained = m % often == often - 1 or m == outer - 1
         for c in range(group):
             p, centre, scale, shift = pivot[c], k3[c], k3[group + c], k3[2 * group + c]
-            for low in range(c * inner, (c + 1) * inner, PIECE):
-                ss, qq = load64(lanes, 2 * c * LANES), load64(lanes, (2 * c + 1) * LANES)
-                high = min(low + PIECE, (c + 1) * inner)
+            start = c * inner
+            for low in range(start, start + inner, PIECE):
+                ss, qq = load64(lanes, 2 * c * LANES, LANES), load64(lanes, (2 * c + 1) * LANES, LANES)
+                high = min(low + PIECE, start + inner)
                 whole = high - (high - low) % LANES
+                weights, o = run_weights(w, step, n, j // inner + c, low - start, high - low, w_room)
                 for k in range(low, whole, LANES):
-                    far = ahead(k, row, step)
+                    far = ahead(k, row, down)
                     prefetch(x, b + far)
                     if write:
                         prefetch(y, a + far)
-                        store(y, a + k, muladd(minus(load(x, a + k), centre), scale, shift))
-                    d = minus(load64(x, b + k), p)
-                    ss, qq = plus(ss, d), muladd(d, d, qq)
+                        prefetch(z, a + far)
+                        at = word + c * words + (k - start) // LANES
+                        normalize(x, a + k, None, y, a + k, LANES, centre, scale, shift, z, relu, at)
+                    d, e = terms(x, b + k, LANES, p, weights, o + (k - low))
+                    ss, qq = plus(ss, e), muladd(e, d, qq)
                 if whole < high:
                     rest = high - whole
                     if write:
-                        new = muladd(minus(load_part(x, a + whole, rest), centre), scale, shift)
-                        store_part(y, a + whole, rest, new)
-                    d = only(minus(load64_part(x, b + whole, rest), p), rest)
-                    ss, qq = plus(ss, d), muladd(d, d, qq)
+                        at = word + c * words + (whole - start) // LANES
+                        normalize(x, a + whole, None, y, a + whole, rest, centre, scale, shift, z, relu, at)
+                    d, e = terms(x, b + whole, rest, p, weights, o + (whole - low))
+                    ss, qq = plus(ss, e), muladd(e, d, qq)
                 if drained:
                     add_exactly(sums, c, 2 * group, total(ss))
                     add_exactly(sums, group + c, 2 * group, total(qq))
                     ss, qq = zeros(), zeros()
-                store(lanes, 2 * c * LANES, ss)
-                store(lanes, (2 * c + 1) * LANES, qq)
+                store(lanes, 2 * c * LANES, LANES, ss)
+                store(lanes, (2 * c + 1) * LANES, LANES, qq)
     for c in range(2 * group):
         error = sums[2 * group + c]
         sums[c] += error if error == error else 0.0
 
 
 @elementwise
-def normalize_rows(x, y, i, rows, stride, width, k, centre, scale, shift):
+def normalize_rows(x, y, i, rows, stride, width, k, centre, scale, shift, z, relu, word, words):
     """Write y of `rows` rows, `stride` elements apart, from y[i] on.
 
-    The coefficients of the `width` columns start at k[centre], k[scale] and k[shift].
+    The coefficients of the `width` columns start at k[centre], k[scale] and k[shift], the bits of the rows at
+    relu[word], `words` apart.
     """
     compact()
     whole = width // LANES * LANES
     rest = width - whole
     for r in range(rows):
-        a = i + r * stride
+        a, bits = i + r * stride, word + r * words
         for j in range(0, whole, LANES):
             far = a + ahead(j, width, stride)
             prefetch(x, far)
             prefetch(y, far)
-            d = minus(load(x, a + j), load(k, centre + j))
-            store(y, a + j, muladd(d, load(k, scale + j), load(k, shift + j)))
+            prefetch(z, far)
+            kc, ks, kb = load(k, centre + j, LANES, y), load(k, scale + j, LANES, y), load(k, shift + j, LANES, y)
+            normalize(x, a + j, None, y, a + j, LANES, kc, ks, kb, z, relu, bits + j // LANES)
         if rest > 0:
             j = whole
-            d = minus(load_part(x, a + j, rest), load_part(k, centre + j, rest))
-            new = muladd(d, load_part(k, scale + j, rest), load_part(k, shift + j, rest))
-            store_part(y, a + j, rest, new)
+            kc, ks, kb = load(k, centre + j, rest, y), load(k, scale + j, rest, y), load(k, shift + j, rest, y)
+            normalize(x, a + j, None, y, a + j, rest, kc, ks, kb, z, relu, bits + j // LANES)

@@ -9,12 +9,15 @@ import numpy as np
 
 LANES = 16
 
+CARRIERS = {name: np.dtype([(name, np.uint16)]) for name in ("float16", "bfloat16")}
+"""As what Numba, which has no half precision, sees an array of it: ``a.view(CARRIERS[a.dtype.name])``."""
 
-def _piece(a, i, n):
-    """a[i : i + n], which must all be there."""
-    if not (0 <= n <= LANES and 0 <= i <= a.size - n):
-        raise IndexError(f"lanes {i} to {i + n} of an array of {a.size}")
-    return a[i : i + n]
+
+def _piece(a, i, n, step=1):
+    """n elements of a, from i on and `step` apart, which must all be there."""
+    if not (0 <= n <= LANES and 0 <= i <= a.size - (max(n - 1, 0) * step + min(n, 1))):
+        raise IndexError(f"lanes {i} to {i + n * step} of an array of {a.size}")
+    return a[i : i + n * step : step]
 
 
 def _lanes(value):
@@ -24,34 +27,69 @@ def _lanes(value):
     return value
 
 
-def load(x, i):
-    """x[i : i + 16]."""
-    return _piece(x, i, LANES)
+def half_of(dtype):
+    """The name of a half precision dtype of an array, else None."""
+    return dtype.names[0] if dtype.names else None
 
 
-def load64(x, i):
-    """x[i : i + 16] in float64."""
-    return load(x, i).astype(np.float64)
+def _computed(x, y):
+    """The dtype in which y is computed from x."""
+    return np.dtype(np.float32 if y == np.float32 and np.can_cast(x, np.float32) else np.float64)
 
 
-def load_part(x, i, n):
-    """x[i : i + n], then zeros."""
-    return np.concatenate([_piece(x, i, n), np.zeros(LANES - n, x.dtype)])
+def from_half(a):
+    """The values of halves in float32, and those of other arrays as they are."""
+    name = half_of(a.dtype)
+    if name == "float16":
+        return a.view(np.float16).astype(np.float32)
+    return (a.view(np.uint16).astype(np.uint32) << 16).view(np.float32) if name else a
 
 
-def load64_part(x, i, n):
-    """x[i : i + n] in float64, then zeros."""
-    return load_part(x, i, n).astype(np.float64)
+def to_half(values, name):
+    """float64 as halves, rounded once."""
+    values = np.asarray(values, np.float64)
+    if name == "float16":
+        return values.astype(np.float16).view(CARRIERS[name])
+    rest = np.uint64((1 << 29) - 1)
+    bits = values.view(np.uint64)
+    odd = ((bits & rest) + rest) & (rest + np.uint64(1))  # see `halves`
+    single = ((bits | odd) & ~rest).view(np.float64).astype(np.float32)
+    bits = single.view(np.uint32)
+    even = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
+    bits = np.where(np.isnan(single), (bits >> np.uint32(16)) | np.uint32(0x40), even)
+    return bits.astype(np.uint16).view(CARRIERS[name])
 
 
-def store(y, i, value):
-    """y[i : i + 16] = value."""
-    _piece(y, i, LANES)[:] = _lanes(value)
+def _load(x, i, n, step, dtype):
+    piece = from_half(_piece(x, i, n, step)).astype(dtype)
+    return np.concatenate([piece, np.zeros(LANES - n, dtype)])
 
 
-def store_part(y, i, n, value):
+def load(x, i, n, y):
+    """x[i : i + n], then zeros, in the dtype in which y is computed from x."""
+    return None if x is None else _load(x, i, n, 1, _computed(x.dtype, y.dtype))
+
+
+def load_apart(x, i, step, n, y):
+    """The same of elements that lie `step` apart."""
+    return _load(x, i, n, 1 if step is None else step, _computed(x.dtype, y.dtype))
+
+
+def load64(x, i, n):
+    """x[i : i + n], then zeros, in float64."""
+    return None if x is None else _load(x, i, n, 1, np.float64)
+
+
+def element(x, i):
+    """x[i] in float64."""
+    return np.float64(from_half(_piece(x, i, 1))[0])
+
+
+def store(y, i, n, value):
     """y[i : i + n] = the first n lanes of value."""
-    _piece(y, i, n)[:] = _lanes(value)[:n]
+    if y is not None:
+        name, lanes = half_of(y.dtype), np.broadcast_to(_lanes(value), LANES)[:n]
+        _piece(y, i, n)[:] = to_half(lanes, name) if name else lanes
 
 
 def only(value, n):
@@ -70,12 +108,12 @@ def minus(a, b):
 
 def plus(a, b):
     """a + b."""
-    return a + b
+    return a if b is None else a + b
 
 
 def times(a, b):
     """a * b."""
-    return a * b
+    return a if b is None else a * b
 
 
 def muladd(a, b, c):
@@ -93,6 +131,55 @@ def total(a):
     while a.size > 1:
         a = a[: a.size // 2] + a[a.size // 2 :]
     return a[0]
+
+
+def inside(value, weight):
+    """0 where the weight is 0, even if the value is NaN."""
+    return value if weight is None else np.where(weight != 0, value, 0)
+
+
+def guarded(value, weight):
+    """0 where the weight is 0 and the value not finite."""
+    return value if weight is None else np.where((weight != 0) | np.isfinite(value), value, 0)
+
+
+def rectified(value, relu, word, y):
+    """ReLU, and the bits of what is above 0 in y's dtype."""
+    if relu is None:
+        return value
+    new = np.where(value <= 0, value.dtype.type(0), value)
+    if isinstance(relu, np.ndarray):
+        name = half_of(y.dtype)
+        stored = from_half(to_half(new, name)) if name else new.astype(y.dtype)
+        _piece(relu, word, 1)[:] = np.packbits(stored > 0, bitorder="little").view(np.uint16)
+    return new
+
+
+def passed(value, relu, word):
+    """The lanes whose bits are set, and 0 in the others."""
+    if relu is None:
+        return value
+    return np.where(np.unpackbits(_piece(relu, word, 1).view(np.uint8), bitorder="little"), value, 0)
+
+
+def of_channel(count, c):
+    """count[c] of an array; a number is that of every channel."""
+    return count if np.ndim(count) == 0 else count[c]
+
+
+def row(a, t):
+    """a[t]."""
+    return None if a is None else a[t]
+
+
+def rows_like(a, rows, columns):
+    """New rows of a's dtype."""
+    return None if a is None else np.empty((rows, columns), a.dtype)
+
+
+def like(y):
+    """A zero of the dtype in which y's coefficients are kept."""
+    return np.dtype(np.float32 if y.dtype == np.float32 else np.float64).type(0)
 
 
 def apart():

@@ -292,18 +292,9 @@ class BatchNorm:
         The activation stays to be applied. Folded, digits are lost where abs(mean) is large beside the standard
         deviation; `batch_norm` does not lose them.
         """
-        fn = "BatchNorm.fold"
-        self._running(fn)
-        given = {}
-        for name, a in self._arrays().items():
-            check = _check.variance if name == "running_var" else _check.parameter
-            given[name] = check(fn, name, a, self.channels, ", the layer's channels")
+        mean, scale, beta = self._affine("BatchNorm.fold")
         with np.errstate(all="ignore"):
-            mean, v = given["running_mean"].astype(np.float64), given["running_var"].astype(np.float64) + self.eps
-            scale = np.where(v == 0, 0.0, 1.0 / np.sqrt(v))
-            scale = scale * given.get("gamma", 1.0)
-            shift = -mean * scale + given.get("beta", 0.0)
-            return np.asarray(scale).astype(self.dtype), np.asarray(shift).astype(self.dtype)
+            return np.asarray(scale, self.dtype), np.asarray(-mean * scale + beta, self.dtype)
 
     def state_dict(self) -> dict[str, Any]:
         """Copies of gamma, beta, running_mean, running_var and num_batches_tracked, as far as the layer has them.
@@ -385,6 +376,20 @@ class BatchNorm:
         if self.running_mean is None or self.running_var is None:
             raise ValueError(f"{fn}: the layer keeps no running statistics; expected track_running_stats=True")
         return self.running_mean, self.running_var
+
+    def _affine(self, fn: str) -> tuple[Array, Array, Array]:
+        """(mean, scale, beta) of ``y = (x - mean) * scale + beta``, the layer in evaluation, in float64."""
+        self._running(fn)
+        eps = _check.eps(fn, self.eps)
+        given: dict[str, Array] = {"gamma": np.ones(self.channels), "beta": np.zeros(self.channels)}
+        for name, a in self._arrays().items():
+            check = _check.variance if name == "running_var" else _check.parameter
+            value = check(fn, name, a, self.channels, ", the layer's channels")
+            given[name] = np.broadcast_to(value, self.channels).astype(np.float64)
+        with np.errstate(all="ignore"):
+            v = given["running_var"] + eps
+            scale = np.where(v == 0, 0.0, 1.0 / np.sqrt(v)) * given["gamma"]
+        return given["running_mean"], scale, given["beta"]
 
     def _writable(self, fn: str) -> tuple[Array, Array]:
         """The running statistics, after every check that an update of them could fail."""

@@ -511,7 +511,7 @@ CALLS = {
     "a spoiled layer folded": (
         "BatchNorm.fold",
         lambda w: (spoiled(w, lambda: w.bn.fold()), {}),
-        {**PARAMETERS, "running_mean": parameters(), "running_var": [*parameters(), *NEGATIVE]},
+        {**PARAMETERS, "eps": EPS, "running_mean": parameters(), "running_var": [*parameters(), *NEGATIVE]},
     ),
     "set_num_threads": (
         "set_num_threads",

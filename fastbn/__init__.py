@@ -3,6 +3,7 @@
 from ._config import show_config, warmup
 from ._memory import empty_pool, set_pool_limit
 from ._threads import get_num_threads, set_num_threads
+from .folding import fold_conv, fold_linear
 from .functional import Saved, batch_norm, batch_norm_backward, batch_norm_train
 from .layer import BatchNorm
 from .moments import Moments, moments, update_running
@@ -16,6 +17,8 @@ __all__ = [
     "batch_norm_backward",
     "batch_norm_train",
     "empty_pool",
+    "fold_conv",
+    "fold_linear",
     "get_num_threads",
     "moments",
     "set_num_threads",

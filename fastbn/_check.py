@@ -42,20 +42,25 @@ def array(fn: str, name: str, value: Any) -> Array:
     """`value` as a plain array of a dtype that can be normalized: floats of 16 to 64 bits, integers, booleans."""
     if type(value) is np.ndarray and value.dtype.char in "efd":  # the usual case, quickly
         return value
+    a = plain_array(fn, name, value)
+    _numeric(fn, name, a.dtype)
+    return a
+
+
+def plain_array(fn: str, name: str, value: Any, expected: str = EXPECTED) -> Array:
+    """`value` as a plain array of whatever dtype; `expected` is what a message names."""
     if isinstance(value, np.ma.MaskedArray):
         raise TypeError(f"{fn}: {name} is a masked array, whose mask would be ignored; expected a plain array")
     try:
-        a = np.asarray(value)
+        return np.asarray(value)
     except MemoryError:
         raise
     except ValueError as error:  # ragged
-        raise ValueError(f"{fn}: {name} cannot be made an array: {error}; expected {EXPECTED}") from None
+        raise ValueError(f"{fn}: {name} cannot be made an array: {error}; expected {expected}") from None
     except TypeError as error:
-        raise TypeError(f"{fn}: {name} cannot be made an array: {error}; expected {EXPECTED}") from None
+        raise TypeError(f"{fn}: {name} cannot be made an array: {error}; expected {expected}") from None
     except Exception as error:  # of an object's own __array__
-        raise TypeError(f"{fn}: {name} cannot be made an array: {error!r}; expected {EXPECTED}") from error
-    _numeric(fn, name, a.dtype)
-    return a
+        raise TypeError(f"{fn}: {name} cannot be made an array: {error!r}; expected {expected}") from error
 
 
 def _numeric(fn: str, name: str, found: np.dtype[Any]) -> None:

@@ -332,6 +332,33 @@ BATCHES = [
     ("one value", V, [np.ones((1, C))]),
     ("empty ones", V, [np.ones((0, C)), np.ones((0, C))]),
 ]  # fmt: skip
+NO_HALF = ("dtype <f2", "dtype >f2")  # as weights they are good
+KERNELS = [
+    *without(unusable((C, 2)), *NO_HALF), *NONE,
+    *of_dtypes((C, 2), ["i4", "u1", "?"]),
+    *((f"shape {s}", V, np.ones(s, "f4")) for s in ((), (C,), (C, 2, 2), (C + 1, 2, 2, 2), (0, 2, 2, 2), (1, C, 2, 2),
+                                                    (C, 2, 2, 2, 2), (C + 1, 2), (0, 2), (1, C))),
+]  # fmt: skip
+BIASES = without(parameters(), *NO_HALF)
+TEXTS = ("empty string", "text", "digits", "NumPy's text")
+NO_LAYOUTS = [
+    *without(OBJECTS, *TEXTS), *BOOLS, *NONE, *SEQUENCES, ("number", T, 1), ("tuple of letters", T, ("O", "I")),
+    *((what, V, value) for what, _, value in OBJECTS if what in TEXTS),
+    *((text, V, text) for text in ("oihw", "NCHW", "O I", "OIHWD", "OHWI", "OI" * 1000)),
+]  # fmt: skip
+GROUPS = [
+    *NO_COUNTS, *NONE,
+    *((f"{n}", V, n) for n in (0, -1, -C, 2, C + 1, 2 * C, 2**63, -(10**30))),
+    ("NumPy's 2", V, np.int8(2)), ("int of 5000 digits", V, 10**5000),
+]  # fmt: skip
+LAYERS = [
+    *without(OBJECTS, "layer"), *NONE, ("class", T, fastbn.BatchNorm), ("number", T, 3), ("array", T, np.ones(C)),
+    ("no statistics", V, fastbn.BatchNorm(C, track_running_stats=False)),
+    ("more channels", V, fastbn.BatchNorm(C + 1)),
+    ("one channel", V, fastbn.BatchNorm(1)),
+    ("two channel axes", V, fastbn.BatchNorm((C, 2), axis=(1, 2))),
+    ("no channel axis", V, fastbn.BatchNorm((), axis=())),
+]  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------------ the good calls
@@ -345,6 +372,7 @@ def world():
     w.mean, w.var, w.gamma, w.beta = np.zeros(C), np.ones(C), np.ones(C, "f4"), np.zeros(C, "f4")
     w.running_mean, w.running_var = np.zeros(C), np.ones(C)
     _, w.saved = fastbn.batch_norm_train(w.z)
+    w.kernel, w.matrix, w.bias = np.ones((C, 2, 2, 2), "f4"), np.ones((C, 2), "f4"), np.ones(C)
     w.m = fastbn.moments(w.z)
     w.bn, w.pooled = fastbn.BatchNorm(C), fastbn.BatchNorm(C, momentum=None)
     for bn in (w.bn, w.pooled):
@@ -513,6 +541,38 @@ CALLS = {
         lambda w: (spoiled(w, lambda: w.bn.fold()), {}),
         {**PARAMETERS, "eps": EPS, "running_mean": parameters(), "running_var": [*parameters(), *NEGATIVE]},
     ),
+    "fold_conv": (
+        "fold_conv",
+        lambda w: (fastbn.fold_conv, {"weight": w.kernel, **given(w, "bias", "bn")}),
+        {
+            "weight": [*KERNELS, ("a matrix", V, np.ones((C, 2)))], "bias": BIASES, "bn": LAYERS,
+            "layout": [*NO_LAYOUTS, *((name, V, name) for name in ("OI", "IO", "IOHW", "HWOI", "HWIO", "OIW"))],
+            "groups": GROUPS, "transposed": [*FLAGS, *NONE],
+        },
+    ),
+    "fold_conv of a transposed one": (
+        "fold_conv",
+        lambda w: (fastbn.fold_conv, {"weight": np.ones((2 * C, 1, 2, 2)), **given(w, "bias", "bn"),
+                                      "groups": C, "transposed": True}),
+        {
+            "weight": [*KERNELS, *((f"shape {s}", V, np.ones(s)) for s in ((C, C, 2, 2), (C + 1, 1, 2, 2)))],
+            "bias": BIASES, "bn": LAYERS, "layout": [*NO_LAYOUTS, ("HWOI", V, "HWOI"), ("IO", V, "IO")],
+            "groups": GROUPS, "transposed": [*FLAGS, *NONE, ("not", V, False)],
+        },
+    ),
+    "fold_linear": (
+        "fold_linear",
+        lambda w: (fastbn.fold_linear, {"weight": w.matrix, **given(w, "bias", "bn")}),
+        {
+            "weight": [*KERNELS, ("a kernel", V, np.ones((C, 2, 1, 1)))], "bias": BIASES, "bn": LAYERS,
+            "layout": [*NO_LAYOUTS, ("OIHW", V, "OIHW"), ("IO", V, "IO")],
+        },
+    ),
+    "a spoiled layer folded into weights": (
+        "fold_linear",
+        lambda w: (spoiled(w, lambda: fastbn.fold_linear(w.matrix, None, w.bn)), {}),
+        {**PARAMETERS, "eps": EPS, "running_mean": parameters(), "running_var": [*parameters(), *NEGATIVE]},
+    ),
     "set_num_threads": (
         "set_num_threads",
         lambda w: (fastbn.set_num_threads, {}),
@@ -541,6 +601,8 @@ ALIASES = {
     "running_mean": "mean|running_mean",
     "var": "var|running_var",
     "running_var": "var|running_var",
+    "transposed": "transposed|weight",
+    "layout": "layout|weight",
     "batches": "batch|batches",
 }
 
@@ -640,6 +702,8 @@ KEYWORDS = {
     "BatchNorm": ("num_features", "affine", "epsilon", "axis_name"),
     "training": ("training", "y"),
     "backward": ("x",),
+    "fold_conv": ("data_format", "transpose", "axis"),
+    "fold_linear": ("groups", "transposed"),
     "warmup": ("dtype", "verbose"),
 }
 

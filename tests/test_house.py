@@ -176,7 +176,8 @@ def test_the_examples_run(name):
 
 def test_the_verbs_have_examples():
     finder = doctest.DocTestFinder(recurse=False)
-    for name in ("batch_norm", "batch_norm_train", "batch_norm_backward", "moments", "update_running", "BatchNorm"):
+    for name in ("batch_norm", "batch_norm_train", "batch_norm_backward", "moments", "update_running", "BatchNorm",
+                 "fold_conv", "fold_linear"):  # fmt: skip
         (found,) = finder.find(getattr(fastbn, name), name, module=False)
         assert found.examples, f"{name} has no example"
 
@@ -190,6 +191,8 @@ def test_the_verbs_have_examples():
         ("moments", ["x"]),
         ("update_running", ["running_mean", "running_var", "m"]),
         ("BatchNorm", ["channels"]),
+        ("fold_conv", ["weight", "bias", "bn"]),
+        ("fold_linear", ["weight", "bias", "bn"]),
     ],
 )
 def test_everything_after_the_arrays_is_keyword_only(name, arrays):

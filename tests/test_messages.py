@@ -4,7 +4,18 @@ import numpy as np
 import pytest
 
 import fastbn
-from fastbn import BatchNorm, Moments, Saved, batch_norm, batch_norm_backward, batch_norm_train, moments, update_running
+from fastbn import (
+    BatchNorm,
+    Moments,
+    Saved,
+    batch_norm,
+    batch_norm_backward,
+    batch_norm_train,
+    fold_conv,
+    fold_linear,
+    moments,
+    update_running,
+)
 
 
 def x():
@@ -34,6 +45,7 @@ def state(**changes):
 
 
 A, M = x(), moments(np.arange(12.0).reshape(4, 3))
+K = np.ones((3, 1, 2, 2), "float32")
 NUMBERS = "expected float32, float64, an integer dtype or bool"
 COUNTED = {"running_count": 3, "running_m2": np.ones(3)}
 
@@ -192,6 +204,38 @@ MESSAGES = [
      "BatchNorm.fold: the layer keeps no running statistics; expected track_running_stats=True"),
     (lambda: layer(track_running_stats=False).fit_population([A]),
      "BatchNorm.fit_population: the layer keeps no running statistics; expected track_running_stats=True"),
+    # folding
+    (lambda: fold_conv(A[0], None, layer()),
+     "fold_conv: weight has shape (3, 5), expected 4 axes, those of layout='OIHW'"),
+    (lambda: fold_conv(K, None, layer(), layout="HWIO"),
+     "fold_conv: weight has shape (3, 1, 2, 2), layout='HWIO': 2 outputs, expected 3, the 3 channels of bn"),
+    (lambda: fold_conv(K, None, layer(), groups=3, transposed=True, layout="HWIO"),
+     "fold_conv: weight has shape (3, 1, 2, 2), layout='HWIO': 2 outputs, expected 1, the 3 channels of bn / groups=3"),
+    (lambda: fold_conv(np.ones((4, 1, 2, 2)), None, layer(), groups=3, transposed=True),
+     "fold_conv: weight has shape (4, 1, 2, 2), layout='OIHW': 4 inputs, expected a multiple of groups=3"),
+    (lambda: fold_conv(K.astype("int8"), None, layer()),
+     "fold_conv: weight has dtype int8, expected float32, float64, float16 or bfloat16"),
+    (lambda: fold_linear([[1j]], None, layer()),
+     "fold_linear: weight has dtype complex128, expected float32, float64, float16 or bfloat16"),
+    (lambda: fold_linear(np.ma.ones((3, 2)), None, layer()),
+     "fold_linear: weight is a masked array, whose mask would be ignored; expected a plain array"),
+    (lambda: fold_conv(K, np.ones(2), layer()), "fold_conv: bias has shape (2,), expected (3,), the channels of bn"),
+    (lambda: fold_conv(K, "a", layer()), f"fold_conv: bias has dtype <U1, {NUMBERS}"),
+    (lambda: fold_conv(K, None, None), "fold_conv: bn is of type NoneType, expected a BatchNorm"),
+    (lambda: fold_linear(K, None, BatchNorm((3, 2), axis=(1, 2))),
+     "fold_linear: bn has channels (3, 2), expected a layer with one channel axis"),
+    (lambda: fold_linear(K, None, layer(track_running_stats=False)),
+     "fold_linear: bn keeps no running statistics, expected a layer with track_running_stats=True"),
+    (lambda: fold_conv(K, None, layer(), layout="NCHW"),
+     "fold_conv: layout is 'NCHW', expected one of OIHW, HWIO, OIW, WIO, OIDHW, DHWIO"),
+    (lambda: fold_conv(K, None, layer(), layout="OI", transposed=True),
+     "fold_conv: layout is 'OI', expected one of OIHW, HWIO, OIW, WIO, OIDHW, DHWIO, IOHW, HWOI, IOW, WOI, IODHW, "
+     "DHWOI"),
+    (lambda: fold_linear(K, None, layer(), layout=1), "fold_linear: layout is 1, expected one of OI, IO"),
+    (lambda: fold_conv(K, None, layer(), transposed=1), "fold_conv: transposed is 1, expected True or False"),
+    (lambda: fold_conv(K, None, layer(), groups=3.0), "fold_conv: groups is 3.0, expected an int"),
+    (lambda: fold_conv(K, None, layer(), groups=2),
+     "fold_conv: groups is 2, expected a divisor of the number of channels of bn, 3"),
     # its state
     (lambda: layer().load_state_dict(3),
      "BatchNorm.load_state_dict: state is of type int, expected a mapping like state_dict()'s"),

@@ -111,19 +111,19 @@ def test_scaling_prints_the_balance_of_every_layer(scripts):
 
 HAND = {  # grid: elements of its tiles
     # 5 channels of 2 runs of 100, in 3 tiles
-    "fused runs": (Grid(True, True, 3, np.array([2, 5, 100, 1, 3])), [200, 400, 400]),
+    "fused runs": (Grid(True, True, 3, np.array([2, 5, 100, 1, 3]), 0), [200, 400, 400]),
     # the same in groups of two channels: the last group is one
-    "fused groups": (Grid(True, True, 2, np.array([2, 5, 100, 2, 2])), [400, 600]),
+    "fused groups": (Grid(True, True, 2, np.array([2, 5, 100, 2, 2]), 0), [400, 600]),
     # 2 channels of 2 runs, each a whole segment and 100 more, in 3 tiles: 1, 1 and 2 segments
-    "split runs": (Grid(True, False, 3, np.array([1, 2, SEGMENT + 100, 0, 3])), [SEGMENT, 100, SEGMENT + 100]),
+    "split runs": (Grid(True, False, 3, np.array([1, 2, SEGMENT + 100, 0, 3]), 0), [SEGMENT, 100, SEGMENT + 100]),
     # 3 rows of 5 channels of 2, two channels a strip
-    "fused rows": (Grid(False, True, 3, np.array([30, 10, 5, 2, 1, 2, 3, 3])), [12, 12, 6]),
+    "fused rows": (Grid(False, True, 3, np.array([30, 10, 5, 2, 1, 2, 3, 3]), 0), [12, 12, 6]),
     # the same in two tiles
-    "fused strips": (Grid(False, True, 2, np.array([30, 10, 5, 2, 1, 2, 3, 2])), [12, 18]),
+    "fused strips": (Grid(False, True, 2, np.array([30, 10, 5, 2, 1, 2, 3, 2]), 0), [12, 18]),
     # the same in two blocks, of one row and of two
-    "split rows": (Grid(False, False, 6, np.array([30, 10, 5, 2, 2, 2, 3, 0])), [4, 4, 2, 8, 8, 4]),
+    "split rows": (Grid(False, False, 6, np.array([30, 10, 5, 2, 2, 2, 3, 0]), 0), [4, 4, 2, 8, 8, 4]),
     # 21 rows of 3 channels, eight of them folded into one; the last has 5 of 8
-    "folded rows": (Grid(False, False, 2, np.array([63, 24, 3, 1, 2, 3, 1, 0])), [24, 39]),
+    "folded rows": (Grid(False, False, 2, np.array([63, 24, 3, 1, 2, 3, 1, 0]), 0), [24, 39]),
 }
 
 

@@ -19,7 +19,7 @@ from numba import config, types
 from numba.core import cgutils
 from numba.extending import intrinsic, models, register_model
 
-from .halves import from_half, half_of, to_half, vanishes
+from .halves import from_half, half_of, rectified_half, single_pays, sure_half, to_half, vanishes
 from .plain import LANES
 
 __all__ = [
@@ -32,7 +32,6 @@ __all__ = [
     "like",
     "load",
     "load64",
-    "load_apart",
     "minus",
     "muladd",
     "of_channel",
@@ -46,6 +45,7 @@ __all__ = [
     "store",
     "times",
     "total",
+    "transformed",
     "zeros",
 ]
 
@@ -57,7 +57,7 @@ literally = intrinsic(prefer_literal=True)
 
 
 class Lanes(types.Type):
-    """The type of sixteen float32 or float64 values."""
+    """The type of sixteen float32 or float64 values, or of the bits of sixteen halves that are done."""
 
     def __init__(self, dtype):
         super().__init__(name=f"Lanes({dtype})")
@@ -71,7 +71,7 @@ class _LanesModel(models.PrimitiveModel):
 
 
 def _float(dtype):
-    return ir.DoubleType() if dtype == types.float64 else ir.FloatType()
+    return ir.IntType(16) if half_of(dtype) else ir.DoubleType() if dtype == types.float64 else ir.FloatType()
 
 
 def _vector(dtype):
@@ -171,54 +171,44 @@ def _raw_apart(builder, address, step, count):
     return value
 
 
-def _floats(context, builder, value, dtype, target):
+def _floats(builder, value, dtype, target):
     """Stored elements of a `dtype`, lanes or one of them, as floats of the dtype `target`."""
     if name := half_of(dtype):
-        return _to(builder, from_half(context, builder, value, name), target)
+        return _to(builder, from_half(builder, value, name), target)
     if isinstance(dtype, types.Float):
         return _to(builder, value, target)
     kind = _vector(target) if isinstance(value.type, ir.VectorType) else _float(target)
     return (builder.sitofp if getattr(dtype, "signed", False) else builder.uitofp)(value, kind)
 
 
-def _load(x, target, given, n, step=None):
-    """A load from x as lanes of the dtype `target`; n and step are the positions of these arguments."""
+def _load(x, target, n, *given):
+    """A load from x as lanes of the dtype `target`."""
     if _absent(x):
-        return _nothing(*given)
+        return _nothing(x, types.intp, n, *given)
 
     def codegen(context, builder, signature, arguments):
         address = _address(context, builder, x, *arguments[:2])
-        count = _count(given[n], arguments[n])
-        if step is None or _absent(given[step]):
-            value = _raw(context, builder, address, count)
-        else:
-            value = _raw_apart(builder, address, arguments[step], count)
-        return _floats(context, builder, value, x.dtype, target)
+        value = _raw(context, builder, address, _count(n, arguments[2]))
+        return _floats(builder, value, x.dtype, target)
 
-    return Lanes(target)(*given), codegen
+    return Lanes(target)(x, types.intp, n, *given), codegen
 
 
 @literally
 def _load_computed(context, x, i, n, y):
-    return _load(x, None if _absent(x) else _computed(x.dtype, y.dtype), (x, types.intp, n, y), 2)
-
-
-@literally
-def _load_apart(context, x, i, step, n, y):
-    far = step if _absent(step) else types.intp
-    return _load(x, _computed(x.dtype, y.dtype), (x, types.intp, far, n, y), 3, 2)
+    return _load(x, None if _absent(x) else _computed(x.dtype, y.dtype), n, y)
 
 
 @literally
 def _load_float64(context, x, i, n):
-    return _load(x, types.float64, (x, types.intp, n), 2)
+    return _load(x, types.float64, n)
 
 
 @intrinsic
 def _element(context, x, i):
     def codegen(context, builder, signature, arguments):
         value = builder.load(_address(context, builder, x, *arguments))
-        return _floats(context, builder, value, x.dtype, types.float64)
+        return _floats(builder, value, x.dtype, types.float64)
 
     return types.float64(x, types.intp), codegen
 
@@ -232,8 +222,9 @@ def _store(context, y, i, n, value):
     def codegen(context, builder, signature, arguments):
         address = _address(context, builder, y, *arguments[:2])
         lanes, stored = arguments[3], address.type.pointee
-        name = half_of(y.dtype)
-        lanes = to_half(context, builder, lanes, name) if name else _to(builder, lanes, y.dtype)
+        if value.dtype != y.dtype:
+            name = half_of(y.dtype)
+            lanes = to_half(builder, lanes, name) if name else _to(builder, lanes, y.dtype)
         whole = builder.bitcast(address, lanes.type.as_pointer())
         align, count = context.get_abi_sizeof(stored), _count(n, arguments[2])
         if count is None:
@@ -280,6 +271,13 @@ def _elementwise(operation, *given):
     return Lanes(dtype)(*given), codegen
 
 
+def _fmuladd(builder, a, b, c):
+    element = "f64" if isinstance(a.type.element, ir.DoubleType) else "f32"
+    kind = ir.FunctionType(a.type, [a.type] * 3)
+    name = f"llvm.fmuladd.v{LANES}{element}"
+    return builder.call(cgutils.get_or_insert_function(builder.module, kind, name), [a, b, c])
+
+
 def _unchanged(a, *others, at=0):
     return a(*others), lambda context, builder, signature, arguments: arguments[at]
 
@@ -305,13 +303,7 @@ def _times(context, a, b):
 
 @intrinsic
 def _muladd(context, a, b, c):
-    def fmuladd(builder, a, b, c):
-        element = "f64" if isinstance(a.type.element, ir.DoubleType) else "f32"
-        kind = ir.FunctionType(a.type, [a.type] * 3)
-        name = f"llvm.fmuladd.v{LANES}{element}"
-        return builder.call(cgutils.get_or_insert_function(builder.module, kind, name), [a, b, c])
-
-    return _elementwise(fmuladd, a, b, c)
+    return _elementwise(_fmuladd, a, b, c)
 
 
 @literally
@@ -340,6 +332,72 @@ def _total(context, a):
         return parts[0]
 
     return a.dtype(a), codegen
+
+
+# ------------------------------------------------------------------------------------------------------ the affine map
+
+
+def _abs(builder, value):
+    bits = ir.VectorType(ir.IntType(32), LANES)
+    size = builder.and_(builder.bitcast(value, bits), ir.Constant(bits, [0x7FFFFFFF] * LANES))
+    return builder.bitcast(size, value.type)
+
+
+@literally
+def _transformed(context, x, i, step, y, j, n, centre, scale, shift, z):
+    given = x, types.intp, step if _absent(step) else types.intp, y, types.intp, n, centre, scale, shift, z
+    half = half_of(y.dtype)
+    dtypes = [_computed(x.dtype, y.dtype), *(k.dtype for k in (centre, scale, shift) if isinstance(k, Lanes))]
+    dtype = types.float64 if types.float64 in dtypes else types.float32
+    # Where half precision comes of numbers for all lanes: see `halves`.
+    quick = half and len(dtypes) == 1 and _computed(types.uint8 if half_of(x.dtype) else x.dtype) == types.float32
+    quick = quick and single_pays(half)
+
+    def codegen(context, builder, signature, arguments):
+        a, at, far, _, to, count, *k, b = arguments
+        address, count = _address(context, builder, x, a, at), _count(n, count)
+        raw = _raw(context, builder, address, count) if _absent(step) else _raw_apart(builder, address, far, count)
+        residual = None if _absent(z) else _raw(context, builder, _address(context, builder, z, b, to), count)
+
+        def compute(dtype, centre, scale, shift):
+            value = builder.fsub(_floats(builder, raw, x.dtype, dtype), centre)
+            before = _fmuladd(builder, value, scale, shift)
+            if residual is None:
+                return before, before
+            return before, builder.fadd(before, _floats(builder, residual, z.dtype, dtype))
+
+        def lanes(dtype, values):
+            kinds = centre, scale, shift
+            return [_operand(context, builder, v, g, dtype) for v, g in zip(values, kinds, strict=True)]
+
+        if not quick:
+            return compute(dtype, *lanes(dtype, k))[1]
+        single, double = ir.FloatType(), ir.DoubleType()
+        c, s, h = k
+        h = builder.fadd(h, builder.fmul(builder.fsub(builder.fpext(builder.fptrunc(c, single), double), c), s))
+        k32 = lanes(types.float32, (c, s, h))
+        before, value = compute(types.float32, *k32)
+        # Roundings of x - centre, scale, shift and the sum, by what they can be at most, and one more with a residual.
+        part = ir.Constant(value.type, [1.25 * 2.0**-22] * LANES)
+        bound = _fmuladd(builder, _abs(builder, k32[2]), part, ir.Constant(value.type, [2.0**-120] * LANES))
+        for v in (before,) if residual is None else (before, value):
+            bound = _fmuladd(builder, _abs(builder, v), part, bound)
+        likely, is_sure = sure_half(builder, value, bound, half)
+        # Coefficients that float32 has: then NaN comes of x and the residual alone, as it does in float64.
+        for number, least in ((c, -1.0), (s, 2.0**-100), (h, -1.0)):
+            size = builder.call(builder.module.declare_intrinsic("llvm.fabs", [double]), [number])
+            is_sure = builder.and_(is_sure, builder.fcmp_ordered(">", size, double(least)))
+            is_sure = builder.and_(is_sure, builder.fcmp_ordered("<", size, double(2.0**100)))
+        start = builder.block
+        with cgutils.if_unlikely(builder, builder.not_(is_sure)):
+            exact = to_half(builder, compute(types.float64, *lanes(types.float64, k))[1], half)
+            end = builder.block
+        result = builder.phi(likely.type)
+        result.add_incoming(likely, start)
+        result.add_incoming(exact, end)
+        return result
+
+    return Lanes(y.dtype if quick else dtype)(*given), codegen
 
 
 # ------------------------------------------------------------------------------------------------- weights, activation
@@ -389,11 +447,15 @@ def _rectified(context, value, relu, word, y):
 
     def codegen(context, builder, signature, arguments):
         lanes, bits, at, _ = arguments
-        if isinstance(relu, types.Array):
-            least = ir.Constant(lanes.type, [vanishes(y.dtype) if lanes.type != _vector(y.dtype) else 0.0] * LANES)
+        if half_of(value.dtype):
+            new, positive = rectified_half(builder, lanes, half_of(value.dtype))
+        else:
+            least = ir.Constant(lanes.type, [vanishes(y.dtype) if value.dtype != y.dtype else 0.0] * LANES)
+            new = builder.select(builder.fcmp_ordered("<=", lanes, _zero(lanes)), _zero(lanes), lanes)  # NaN stays
             positive = builder.fcmp_ordered(">", lanes, least)
+        if isinstance(relu, types.Array):
             builder.store(positive, _bits(context, builder, relu, bits, at), align=2)
-        return builder.select(builder.fcmp_ordered("<=", lanes, _zero(lanes)), _zero(lanes), lanes)  # NaN stays
+        return new
 
     return value(*given), codegen
 
@@ -481,7 +543,6 @@ if config.DISABLE_JIT:
         like,
         load,
         load64,
-        load_apart,
         minus,
         muladd,
         of_channel,
@@ -495,14 +556,13 @@ if config.DISABLE_JIT:
         store,
         times,
         total,
+        transformed,
         zeros,
     )
 else:
     #: load(x, i, n, y): n elements, then zeros, in the dtype in which y is computed from x: float32 if y is float32 and
     #: that holds every value of x's dtype, else float64.
     load = _load_computed
-    #: load_apart(x, i, step, n, y): the same of elements that lie `step` apart; side by side if that is None.
-    load_apart = _load_apart
     #: load64(x, i, n): in float64.
     load64 = _load_float64
     #: element(x, i): one element, in float64.
@@ -516,6 +576,9 @@ else:
     #: a - b, a + b, a * b, a * b + c (in one rounding where the processor can). A number stands for sixteen of it;
     #: a + b and a * b are a where b is None.
     minus, plus, times, muladd = _minus, _plus, _times, _muladd
+    #: transformed(x, i, step, y, j, n, centre, scale, shift, z): (x - centre) * scale + shift + z of what becomes y
+    #: from j on; the elements of x lie `step` apart from i on, side by side if that is None.
+    transformed = _transformed
     #: Sixteen float64 zeros.
     zeros = _zeros
     #: The sum of the lanes, halves upon halves.

@@ -29,7 +29,6 @@ from .lanes import (
     inside,
     load,
     load64,
-    load_apart,
     minus,
     muladd,
     of_channel,
@@ -40,6 +39,7 @@ from .lanes import (
     store,
     times,
     total,
+    transformed,
     zeros,
 )
 
@@ -71,8 +71,8 @@ def terms(x, i, n, pivot, w, j):
 @elementwise
 def normalize(x, i, step, y, j, n, centre, scale, shift, z, relu, word):
     """A piece of y from element j on, from those of x that lie `step` apart from i on."""
-    value = muladd(minus(load_apart(x, i, step, n, y), centre), scale, shift)
-    store(y, j, n, rectified(plus(value, load(z, j, n, y)), relu, word, y))
+    value = transformed(x, i, step, y, j, n, centre, scale, shift, z)
+    store(y, j, n, rectified(value, relu, word, y))
 
 
 @elementwise

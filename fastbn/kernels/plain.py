@@ -70,9 +70,10 @@ def load(x, i, n, y):
     return None if x is None else _load(x, i, n, 1, _computed(x.dtype, y.dtype))
 
 
-def load_apart(x, i, step, n, y):
-    """The same of elements that lie `step` apart."""
-    return _load(x, i, n, 1 if step is None else step, _computed(x.dtype, y.dtype))
+def transformed(x, i, step, y, j, n, centre, scale, shift, z):
+    """(x - centre) * scale + shift + z of a piece of y, from the elements of x that lie `step` apart."""
+    value = _load(x, i, n, 1 if step is None else step, _computed(x.dtype, y.dtype))
+    return plus((value - centre) * scale + shift, load(z, j, n, y))
 
 
 def load64(x, i, n):

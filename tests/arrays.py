@@ -8,6 +8,7 @@ import tempfile
 from dataclasses import dataclass
 from types import SimpleNamespace
 
+import ml_dtypes  # noqa: F401  np.dtype("bfloat16")
 import numpy as np
 import reference
 from numpy.lib.stride_tricks import as_strided, sliding_window_view
@@ -17,7 +18,13 @@ from fastbn._threads import SERIAL_SIZE
 from fastbn.kernels.grid import AHEAD, FOLD, RUN, SEGMENT, STRIP
 
 FLOATS = ("float32", "float64")
+HALVES = ("float16", "bfloat16")
 INTEGERS = ("int8", "uint8", "int32", "bool")
+# Which elements have a weight of their own, and its dtype: those of a sample or of a position share one (padding).
+WEIGHTS = (
+    *("sample bool", "sample float32", "position bool", "position float64", "full bool", "full float64", "full uint8"),
+    *("channel float32", "last float64", "one float32", "without bool", "without float64"),
+)
 
 
 @dataclass(frozen=True)
@@ -52,6 +59,7 @@ class Case:
         """x, dy, gamma, beta, mean, var. Channels differ in offset and scale; one gamma is 0."""
         dtype = np.dtype(dtype)
         r = reference.result_dtype(dtype)
+        p = reference.parameter_dtype(r)
         values = rng.normal(size=self.shape)
         mean, std = rng.uniform(-offset, offset, self.channels), spread * rng.uniform(0.5, 2, self.channels)
         values = values * reference.spread(std, values, self.axis) + reference.spread(mean, values, self.axis)
@@ -65,11 +73,31 @@ class Case:
         return SimpleNamespace(
             x=self.lay(values.astype(dtype)),
             dy=self.lay(rng.normal(0.3, 1, self.shape).astype(r)),
-            gamma=gamma.astype(r),
-            beta=rng.normal(size=self.channels).astype(r),
-            mean=(mean + 0.1).astype(r),
-            var=(std**2 * 1.1).astype(r),
+            gamma=gamma.astype(p),
+            beta=rng.normal(size=self.channels).astype(p),
+            mean=(mean + 0.1).astype(p),
+            var=(std**2 * 1.1).astype(p),
         )
+
+    def residual(self, rng, dtype):
+        """What is added before the activation, in the memory order of x."""
+        return self.lay(rng.normal(0.1, 1, self.shape).astype(dtype))
+
+    def weights(self, rng, kind):
+        """A `where` of one of the `WEIGHTS`; every channel has weight, but for the first one of "without"."""
+        what, dtype = kind.split()
+        ranks = range(len(self.shape))
+        channel = reference.channel_axes(np.empty(self.shape, bool), self.axis)
+        others = [a for a in ranks if a not in channel]
+        along = {"sample": others[:1], "position": others, "channel": channel, "last": ranks[-1:], "one": ()}
+        w = rng.uniform(0.25, 2, [n if a in along.get(what, ranks) else 1 for a, n in enumerate(self.shape)])
+        if what not in ("channel", "last", "one"):
+            w[rng.random(w.shape) < 0.3] = 0
+            w[tuple(slice(2 if a in others else None) for a in ranks)] = 1.5
+        if what == "without":
+            w[tuple(slice(1 if a in channel else None) for a in ranks)] = 0
+        w = (np.ceil(w) if np.dtype(dtype).kind in "iu" else w).astype(dtype)
+        return self.lay(w) if w.shape == self.shape else w.reshape({"last": -1, "one": ()}.get(what, w.shape))
 
     def grid(self, dtype):
         """(long runs?, fused?, parallel?) of a training forward."""

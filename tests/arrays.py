@@ -84,7 +84,7 @@ class Case:
         return self.lay(rng.normal(0.1, 1, self.shape).astype(dtype))
 
     def weights(self, rng, kind):
-        """A `where` of one of the `WEIGHTS`; every channel has weight, but for the first one of "without"."""
+        """A `where` of one of the `WEIGHTS`; all channels have weight, but for the first one of "without"."""
         what, dtype = kind.split()
         ranks = range(len(self.shape))
         channel = reference.channel_axes(np.empty(self.shape, bool), self.axis)
@@ -94,6 +94,7 @@ class Case:
         if what not in ("channel", "last", "one"):
             w[rng.random(w.shape) < 0.3] = 0
             w[tuple(slice(2 if a in others else None) for a in ranks)] = 1.5
+            w[tuple(slice(2, 3) if a in others else slice(None) for a in ranks)] = 0  # where there are so many
         if what == "without":
             w[tuple(slice(1 if a in channel else None) for a in ranks)] = 0
         w = (np.ceil(w) if np.dtype(dtype).kind in "iu" else w).astype(dtype)

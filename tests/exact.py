@@ -45,6 +45,16 @@ def moments(values):
     return s * unit / n, (n * q - s * s) * unit**2 / n**2
 
 
+def weighted(x, w):
+    """Total weight, mean and variance of each row of x with weights w; where there is no weight they are 0."""
+    x = np.where(np.asarray(w) == 0, 0, x)  # what has none may be no number
+    x, w = rational(x), rational(w)
+    total = w.sum(1)
+    by = np.where(total == 0, Fraction(1), total)
+    mean = (w * x).sum(1) / by
+    return total, mean, (w * x * x).sum(1) / by - mean * mean
+
+
 def invstd(var, eps):
     """1 / sqrt(var + eps), cut after 200 bits; 0 where it is infinite, so that y is beta."""
     v = Fraction(var) + Fraction(eps)

@@ -58,6 +58,7 @@ def invstd(var, eps):
     return np.where(v == 0, WIDE(0), 1 / np.sqrt(np.where(v == 0, WIDE(1), v)))
 
 
+@np.errstate(invalid="ignore")
 def infer(x, mean, var, gamma=1.0, beta=0.0, *, axis=1, eps=1e-5, residual=None, activation=None, dtype=None):
     """y in `dtype` (x's, if None); `budget`, the bound of its error; `before`, which is y without the activation."""
     added = WIDE(0) if residual is None else residual.astype(WIDE)
@@ -79,6 +80,7 @@ def near_zero(forward):
     return abs(forward.before) <= forward.budget
 
 
+@np.errstate(invalid="ignore")
 def train(x, gamma=1.0, beta=0.0, *, axis=1, eps=1e-5, where=None, residual=None, activation=None, dtype=None):
     mean, var = mean_var(x, axis, where)
     parts = {"residual": residual, "activation": activation, "dtype": dtype}

@@ -7,7 +7,7 @@ import exact
 import numpy as np
 import pytest
 import reference
-from arrays import FLOATS, SMALL, Case
+from arrays import FLOATS, SMALL, WEIGHTS, Case
 from test_numerics import KINDS, batches, normal
 
 import fastbn
@@ -90,6 +90,44 @@ def test_given_statistics(case, dtype):
     check("dx", rows(dx), backward, rows(b.dx_budget), dtype)
     check("dgamma", dgamma.ravel(), backward, b.dgamma_budget.ravel(), dtype)
     check("dbeta", dbeta.ravel(), backward, b.dbeta_budget.ravel(), dtype)
+
+
+def weighted(case, dtype, kind):
+    """x with its weights, which hide what is no number; and the true statistics."""
+    d, *_ = truth(case, dtype)
+    x, w = d.x.copy("K"), case.weights(np.random.default_rng(2), kind)
+    wide = np.broadcast_to(w, x.shape)
+    np.put(x, np.flatnonzero(wide == 0)[::3], np.nan)
+    np.put(x, np.flatnonzero(wide == 0)[1::3], -np.inf)
+    return x, w, exact.weighted(exact.rows(x, case.axis), exact.rows(wide, case.axis))
+
+
+@pytest.mark.parametrize("kind", WEIGHTS)
+@pytest.mark.parametrize(("case", "dtype"), [*((c, "float64") for c in CASES), *((c, "float32") for c in HOSTILE)])
+def test_weighted_statistics(case, dtype, kind):
+    """As many digits as without weights. A sum of weights has them of itself, since none is negative."""
+    x, w, (total, mean, var) = weighted(case, dtype, kind)
+    m = fastbn.moments(x, axis=case.axis, where=w)
+    count = np.broadcast_to(m.count, m.mean.shape).ravel()
+    assert exact.digits(count, total) <= 1e-14
+    assert exact.digits(m.mean.ravel(), mean, np.sqrt(var.astype(np.float64))) <= 1e-14
+    assert exact.digits(m.m2.ravel(), var * total) <= 1e-14
+
+
+@pytest.mark.parametrize("kind", WEIGHTS)
+@pytest.mark.parametrize("case", [SMALL[0], *HOSTILE], ids=str)
+def test_the_other_oracle_of_weighted_statistics(case, kind):
+    """Within the 14 digits that it allows others, where long double has no more than they."""
+    x, w, (_, mean, var) = weighted(case, "float64", kind)
+    found = [a.ravel() for a in reference.mean_var(x, case.axis, w)]
+    assert exact.digits(found[0], mean, np.sqrt(var.astype(np.float64))) <= 1e-14
+    assert exact.digits(found[1], var) <= 1e-14
+
+
+def test_exact_weights_by_hand():
+    third = Fraction(1, 3)
+    total, mean, var = exact.weighted([[1, 2, np.nan], [4, 5, 6]], [[1, 0.5, 0], [0, 0, 0]])
+    assert [list(a) for a in (total, mean, var)] == [[Fraction(3, 2), 0], [4 * third, 0], [2 * third**2, 0]]
 
 
 @pytest.mark.skipif(

@@ -165,3 +165,70 @@ def test_by_gradcheck(case, mode, given):
         if tensor is not None:
             tensor.requires_grad_()
     assert torch.autograd.gradcheck(Function.apply, inputs, eps=1e-5, atol=1e-8, rtol=1e-7)
+
+
+def with_parts(mode, d, axis, activation, where):
+    """(forward, backward) of x, gamma, beta and residual, in one of the modes."""
+    options = {"axis": axis, "eps": EPS, "activation": activation}
+
+    def saved(x, gamma, beta, residual):
+        if mode == "training":
+            return fastbn.batch_norm_train(x, gamma, beta, **options, residual=residual, where=where)
+        given = x, d.mean, d.var, gamma, beta
+        return (
+            fastbn.batch_norm(*given, **options, residual=residual),
+            fastbn.Saved.fixed(*given, **options, residual=residual),
+        )
+
+    if mode in ("training", "inference"):
+        return lambda *a: saved(*a)[0], lambda dy, *a: fastbn.batch_norm_backward(dy, saved(*a)[1])
+
+    axis = axis if isinstance(axis, tuple) else (axis,)
+    bn = fastbn.BatchNorm(d.gamma.shape, axis=axis, eps=EPS, dtype="float64", activation=activation)
+    bn.running_mean[...], bn.running_var[...] = d.mean, d.var
+    more = {"where": where} if mode == "layer in training" else {"save": True}
+
+    def forward(x, gamma, beta, residual):
+        bn.train(mode == "layer in training")
+        bn.gamma[...], bn.beta[...] = gamma, beta
+        return bn(x, residual=residual, **more)
+
+    def backward(dy, *a):
+        forward(*a)
+        dx = bn.backward(dy)
+        return dx, bn.dgamma, bn.dbeta, *([] if a[3] is None else [bn.dresidual])
+
+    return forward, backward
+
+
+# ReLU, residual, and the kind of weights: the sets of float64 in `test_parts`, whose kernels are compiled anyway, then
+# all at once with weights that leave a channel out.
+PARTS = [
+    ("training", None, False, "sample float32"),
+    ("training", None, False, "full float64"),
+    ("training", "relu", True, "full bool"),
+    ("training", "relu", True, "without bool"),
+    ("inference", "relu", True, None),
+    ("layer in training", "relu", True, "sample bool"),
+    ("layer in evaluation", "relu", True, None),
+]
+
+
+@pytest.mark.parametrize(("mode", "activation", "residual", "kind"), PARTS)
+@pytest.mark.parametrize("case", LAYOUTS, ids=str)
+def test_parts_by_differences(case, mode, activation, residual, kind):
+    """The gradients of elements without weight, too. No y is so near to 0 that a difference steps over the kink."""
+    d, rng = arrays(case), np.random.default_rng(4)
+    where = case.weights(rng, kind) if kind else None
+    forward, backward = with_parts(mode, d, case.axis, activation, where)
+    given = [d.x, d.gamma, d.beta, case.residual(rng, "float64") if residual else None]
+    if activation:
+        plain, _ = with_parts(mode, d, case.axis, None, where)
+        given[3] += np.where(abs(plain(*given)) < 0.3, 1, 0)
+        assert abs(plain(*given)).min() > 0.3
+        assert (forward(*given) == 0).any()
+    found = backward(d.dy, *given)
+    for i, name in enumerate(("dx", "dgamma", "dbeta", "dresidual")[: len(found)]):
+        expected = difference(lambda a, i=i: float((forward(*given[:i], a, *given[i + 1 :]) * d.dy).sum()), given[i])
+        np.testing.assert_allclose(found[i], expected, rtol=1e-9, atol=1e-9, err_msg=name)
+    assert len(found) == (4 if residual else 3)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import reference
-from arrays import BIG, CASES, EDGES, FLOATS, INTEGERS, SMALL, Case
+from arrays import BIG, CASES, EDGES, FLOATS, HALVES, INTEGERS, SMALL, Case
 from reference import assert_within
 
 import fastbn
@@ -11,6 +11,8 @@ import fastbn
 TABLE = [
     *(pytest.param(c, d, id=f"{'small' if c in SMALL else 'large'}-{c}-{d}") for c in CASES for d in FLOATS),
     *(pytest.param(c, d, id=f"small-{c}-{d}") for c in (SMALL[0], SMALL[-1]) for d in INTEGERS),
+    *(pytest.param(c, d, id=f"small-{c}-{d}") for c in SMALL for d in HALVES),
+    *(pytest.param(c, d, id=f"large-{c}-{d}") for c in (*EDGES[::2], BIG[0], BIG[8]) for d in HALVES),
     *(pytest.param(c, "int8", id=f"large-{c}-int8") for c in (BIG[0], BIG[8])),
 ]
 
@@ -35,7 +37,7 @@ def test_every_verb(rng, case, dtype):
     np.testing.assert_array_equal(saved.moments.m2, m.m2)
 
     dx, dgamma, dbeta = fastbn.batch_norm_backward(d.dy, saved)
-    assert (dx.dtype, dgamma.dtype, dbeta.dtype) == (r, r, r)
+    assert (dx.dtype, dgamma.dtype, dbeta.dtype) == (r, *[reference.parameter_dtype(r)] * 2)
     assert dx.strides == y.strides
     expected = reference.backward(d.dy, d.x, d.gamma, axis=case.axis)
     assert_within(dgamma, expected.dgamma, expected.dgamma_budget, "dgamma")

@@ -106,7 +106,7 @@ def backward(dy, x, gamma=1.0, *, axis=1, eps=1e-5, fixed=None, where=None, y=No
         g = np.where(y.astype(WIDE) > 0, g, WIDE(0))
     xhat = (x.astype(WIDE) - spread(mean, x, axis)) * spread(invstd(var, eps), x, axis)
     scale = spread(gamma, x, axis) * spread(invstd(var, eps), x, axis)
-    hidden = (w == 0) & ~(np.isfinite(xhat) & ~np.isnan(g))  # what is no number, under a weight of 0
+    hidden = (w == 0) & ~(np.isfinite(xhat) & np.isfinite(g))  # what is not finite, under a weight of 0
     dbetas, dgammas = np.where(hidden, WIDE(0), g), np.where(hidden, WIDE(0), g * xhat)
     dbeta, dgamma = reduce(dbetas, axis), reduce(dgammas, axis)
     through_mean = share * spread(dbeta, x, axis)

@@ -23,7 +23,7 @@ INTEGERS = ("int8", "uint8", "int32", "bool")
 # Which elements have a weight of their own, and its dtype: those of a sample or of a position share one (padding).
 WEIGHTS = (
     *("sample bool", "sample float32", "position bool", "position float64", "full bool", "full float64", "full uint8"),
-    *("channel float32", "last float64", "one float32", "without bool", "without float64"),
+    *("channel float64", "last float64", "one float64", "without bool", "without float64"),
 )
 
 

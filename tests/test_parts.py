@@ -1,9 +1,10 @@
 """What a call may have besides x: residual, ReLU, weights, parameters, halves and integers, in combination.
 
-What takes time is to compile: each dtype with each set of parts is code of its own, in rows and in runs, forward and
-backward. float32 has all 12 sets; float64, the halves and uint8 have three each, in which each part is there and is
-not, and all 12 once between them: 24 sets in all. The layouts and the parameters cost nothing, so every set has them
-all. Only a few arrays are large enough to run parallel.
+What takes time is to compile: each dtype with each set of parts is code of its own, in runs and in rows, forward and
+backward. float32 has all 12 sets. float64, the halves and uint8 have residual and ReLU, with booleans as weights in
+runs, with numbers in rows; without any part `test_verbs` has them. So there are 12 sets and 8 halves of one. Layouts
+and parameters cost nothing: every set has them all. Weights are float64, one test apart, and of large arrays, which
+run parallel and take three times as long to compile, there are two sets.
 """
 
 import itertools
@@ -57,15 +58,19 @@ class Parts:
 
 
 WHERE = (None, "bool", "float")
+OTHERS = ("float64", *HALVES, "uint8")
 ALL_PARTS = [
     *(Parts("float32", *p) for p in itertools.product((False, True), (False, True), WHERE)),
-    *(
-        Parts(dtype, bool((k + i) % 2), bool((k + i // 2) % 2), where)
-        for i, dtype in enumerate(("float64", "float16", "bfloat16", "uint8"))
-        for k, where in enumerate(WHERE)
-    ),
+    *(Parts(dtype, True, True, where) for dtype in OTHERS for where in ("bool", "float")),
 ]
-GRID = list(itertools.product(ALL_PARTS, LAYOUTS))
+
+
+def reaches(parts, case):
+    """Whether the code of these parts is compiled for the kernel of this case."""
+    return parts.dtype == "float32" or LAYOUTS[case][0] is (parts.where == "bool")
+
+
+GRID = [(parts, case) for parts in ALL_PARTS for case in LAYOUTS if reaches(parts, case)]
 
 
 def problem(case, parts, affine=AFFINE[0], kind=None):
@@ -75,7 +80,7 @@ def problem(case, parts, affine=AFFINE[0], kind=None):
     d.case, d.parts, d.axis, d.dtype = case, parts, case.axis, reference.result_dtype(d.x.dtype)
     d.residual = case.residual(rng, d.dtype) if parts.residual else None
     if parts.where and kind is None:
-        kinds = [k for k in WEIGHTS if k.endswith("bool") is (parts.where == "bool")]
+        kinds = [k for k in WEIGHTS if k.endswith("bool" if parts.where == "bool" else ("float64", "uint8"))]
         kind = kinds[[*LAYOUTS, *LARGE].index(case) % len(kinds)]
     d.where = case.weights(rng, kind) if kind else None
     d.gamma = np.where(d.gamma == 0, d.gamma.dtype.type(-0.7), d.gamma) if kind and "without" in kind else d.gamma
@@ -148,8 +153,7 @@ def check_training(d, at=...):
     check_backward(d, fastbn.batch_norm_backward(d.dy, saved), y, at=at, where=d.where)
 
 
-@pytest.mark.parametrize("case", LAYOUTS, ids=str)
-@pytest.mark.parametrize("parts", ALL_PARTS, ids=str)
+@pytest.mark.parametrize(("parts", "case"), GRID, ids=str)
 def test_combination(parts, case):
     """Training and its backward; without weights inference and its backward too."""
     d = problem(case, parts, AFFINE[GRID.index((parts, case)) % len(AFFINE)])
@@ -165,13 +169,10 @@ def test_the_grid_is_what_it_says():
     for case, way in LAYOUTS.items():
         assert case.grid("float32") == (*way, False)
     assert {case.grid("float32") for case in LARGE} == {(True, True, True), (True, False, True), (False, False, True)}
-    sets = [(p.relu, p.residual, p.where) for p in ALL_PARTS]
-    every = set(itertools.product((False, True), (False, True), WHERE))
-    assert len(sets) == 24
-    assert set(sets[:12]) == set(sets[12:]) == every
-    for dtype in ("float64", *HALVES, "uint8"):
-        values = zip(*((p.relu, p.residual, p.where) for p in ALL_PARTS if p.dtype == dtype), strict=True)
-        assert [len(set(v)) for v in values] == [2, 2, 3]
+    sets = {(p.relu, p.residual, p.where) for p in ALL_PARTS if p.dtype == "float32"}
+    assert len(sets) == 12
+    for dtype in OTHERS:
+        assert {LAYOUTS[c][0] for p, c in GRID if p.dtype == dtype} == {True, False}
 
 
 @pytest.mark.parametrize("kind", WEIGHTS)
@@ -191,10 +192,10 @@ def test_weights_of_every_shape(case, kind):
 # ------------------------------------------------------------------------------------------------------ large arrays
 
 EVERYTHING = [Parts("float32", True, True, "float"), Parts("bfloat16", True, True, "bool")]
+IN_PARALLEL = [*((EVERYTHING[0], case) for case in LARGE), (EVERYTHING[1], LARGE[0])]
 
 
-@pytest.mark.parametrize("case", LARGE, ids=str)
-@pytest.mark.parametrize("parts", EVERYTHING, ids=str)
+@pytest.mark.parametrize(("parts", "case"), IN_PARALLEL, ids=str)
 def test_large_arrays(parts, case):
     d = problem(case, parts)
     check_training(d)
@@ -212,8 +213,7 @@ def results(d):
     return {name: a.tobytes() for name, a in found.items()}
 
 
-@pytest.mark.parametrize("case", LARGE, ids=str)
-@pytest.mark.parametrize("parts", EVERYTHING, ids=str)
+@pytest.mark.parametrize(("parts", "case"), IN_PARALLEL, ids=str)
 def test_bits_do_not_depend_on_threads_and_builds(parts, case):
     d = problem(case, parts)
     try:
@@ -231,8 +231,7 @@ def test_bits_do_not_depend_on_threads_and_builds(parts, case):
         assert [n for n in found if found[n] != expected[n]] == [], f"{build}, tiles for {threads} threads"
 
 
-@pytest.mark.parametrize("case", LAYOUTS, ids=str)
-@pytest.mark.parametrize("parts", EVERYTHING, ids=str)
+@pytest.mark.parametrize(("parts", "case"), [(p, c) for p, c in GRID if p in EVERYTHING], ids=str)
 def test_bits_do_not_depend_on_threads_over_many_small_tiles(parts, case):
     d = problem(case, parts)
     with built("serial", 1, "tiny"):
@@ -300,10 +299,10 @@ def test_no_number_with_a_weight_stays_in_its_channel(case):
     np.testing.assert_array_equal(dresidual[others], dclean[others])
 
 
-@pytest.mark.parametrize("where", [False, np.zeros((), "float32"), np.zeros((1, 1, 1), bool)], ids=repr)
+@pytest.mark.parametrize("where", [False, np.zeros(()), np.zeros((1, 1, 1), bool)], ids=repr)
 def test_no_weight_at_all(where):
     """Every channel is one of weight 0; of statistics there are none, as of an empty batch."""
-    d = problem(Case("NCL", (4, 3, 9)), FLOATING, kind="one float32")
+    d = problem(Case("NCL", (4, 3, 9)), FLOATING, kind="one float64")
     d.where = d.options["where"] = where
     check_training(d)
     bn = fastbn.BatchNorm(3)
@@ -327,17 +326,17 @@ def test_a_channel_without_weight_keeps_its_running_statistics(rng, momentum):
         assert moved.tolist() == [True, False, True]
 
 
-@pytest.mark.parametrize("dtype", ["uint8", "float32", "float64"])
+@pytest.mark.parametrize("dtype", ["uint8", "float64"])
 @pytest.mark.parametrize("case", LAYOUTS, ids=str)
 def test_integer_weights_repeat_elements(case, dtype):
     """A sample of weight k counts as k of them, each with that share of dy; the sums run in another order."""
-    d = problem(case, Parts("float64", False, False, "float"), kind="sample float32")
+    d = problem(case, Parts("float32", False, False, "float"), kind="sample float32")
     sample = next(a for a in range(d.x.ndim) if a not in reference.channel_axes(d.x, d.axis))
     times = np.maximum(np.ceil(d.where), 1).astype(int).ravel()
     shape = [-1 if a == sample else 1 for a in range(d.x.ndim)]
     d.where = d.options["where"] = times.reshape(shape).astype(dtype)
     many = SimpleNamespace(**vars(d))
-    many.x, many.dy = (np.repeat(a, times, sample) for a in (d.x, d.dy / times.reshape(shape)))
+    many.x, many.dy = (np.repeat(a, times, sample) for a in (d.x, d.dy / times.reshape(shape).astype("float32")))
     many.options = d.options | {"where": None}
 
     (y, saved), (many_y, many_saved) = train(d), train(many)
@@ -348,7 +347,7 @@ def test_integer_weights_repeat_elements(case, dtype):
     found, copies = fastbn.batch_norm_backward(d.dy, saved), fastbn.batch_norm_backward(many.dy, many_saved)
     b = reference.backward(d.dy, d.x, d.oracle[0], axis=d.axis, where=d.where)
     dx = np.add.reduceat(copies[0], first, sample)
-    assert_within(found[0], dx, 2 * b.dx_budget + reference.tolerance("float64", abs(dx)), "dx")
+    assert_within(found[0], dx, 4 * b.dx_budget, "dx")
     for i, name in enumerate(("dgamma", "dbeta"), 1):
         assert_within(found[i], copies[i], 2 * getattr(b, f"{name}_budget"), name)
 
@@ -357,7 +356,7 @@ def test_integer_weights_repeat_elements(case, dtype):
 def test_weights_of_one_change_nothing(case):
     """But the last bits of the sums, which are products now: both are within the budget of the unweighted result."""
     d = problem(case, Parts("float32", True, False, None))
-    for where in (True, np.ones(d.x.shape, bool), np.ones(d.x.shape, "float32"), np.ones((), "uint8")):
+    for where in (True, np.ones(d.x.shape, bool), np.ones(d.x.shape), np.ones((), "uint8")):
         y, saved = train(d, where=where)
         check_forward(d, y, reference.train(d.x, *d.oracle, **d.options))
         check_moments(d, saved.moments)
@@ -377,7 +376,7 @@ def test_weights_count_in_relation_to_each_other(case):
         np.testing.assert_array_equal(a, b)
 
 
-@pytest.mark.parametrize("kind", ["sample float32", "full float64", "without bool"])
+@pytest.mark.parametrize("kind", ["last float64", "full float64", "without bool"])
 def test_weighted_moments_merge(kind):
     case = Case("NCL", (9, 3, 40))
     d = problem(case, FLOATING, kind=kind)
@@ -390,10 +389,13 @@ def test_weighted_moments_merge(kind):
 # -------------------------------------------------------------------------------------------------------------- dtypes
 
 
-@pytest.mark.parametrize("out", ["float32", "float64", *HALVES])
-@pytest.mark.parametrize("dtype", ["uint8", "int16", "int64", "bool"])
-@pytest.mark.parametrize("case", [Case("NCHW", (4, 3, 5, 7)), Case("NHWC", (4, 5, 7, 3), -1)], ids=str)
-def test_out_decides_the_dtype_of_integers(case, dtype, out):
+INTEGERS = [*(("uint8", out, -1) for out in ("float32", "float64", *HALVES)),
+            ("int16", "float16", 1), ("int64", "float32", 1), ("bool", "bfloat16", 1)]  # fmt: skip
+
+
+@pytest.mark.parametrize(("dtype", "out", "axis"), INTEGERS)
+def test_out_decides_the_dtype_of_integers(dtype, out, axis):
+    case = Case("images", (4, 3, 5, 7) if axis == 1 else (4, 5, 7, 3), axis)
     d = problem(case, Parts(dtype, False, False, None))
     y = np.full_like(d.x, np.nan, dtype=out)
     returned, saved = train(d, out=y)
@@ -405,7 +407,7 @@ def test_out_decides_the_dtype_of_integers(case, dtype, out):
     assert_within(y, expected.y, expected.budget)
 
 
-@pytest.mark.parametrize("out", ["float32", *HALVES])
+@pytest.mark.parametrize("out", ["float32", "bfloat16"])
 def test_images_to_channels_first_in_one_pass(out):
     """NHWC uint8 in, NCHW out: by the strides of `out`."""
     d = problem(Case("NHWC", (4, 15, 17, 3), -1), Parts("uint8", False, False, None))
@@ -435,7 +437,7 @@ def test_every_half_is_rounded_once(dtype):
     with np.errstate(invalid="ignore"):  # signalling NaN
         wide = x.astype(np.longdouble)
     for gamma, beta in ((1.0, 0.0), (1 / 3, 0.0), (1.00390625, 0.0), (3.0, 2.0**-20), (1.0, 1 / 3)):
-        y = fastbn.batch_norm(x, 0.0, 1.0, gamma, beta, axis=(), eps=0)
+        y = np.concatenate([fastbn.batch_norm(part, 0.0, 1.0, gamma, beta, axis=(), eps=0) for part in np.split(x, 2)])
         assert y.dtype == x.dtype
         real = np.isfinite(wide)
         expected = wide * gamma + beta
@@ -464,8 +466,7 @@ def test_bfloat16_of_pytorch():
 # ------------------------------------------------------------------------------------------------------------ in place
 
 
-@pytest.mark.parametrize("parts", [p for p in ALL_PARTS if p.residual and p.dtype != "uint8"], ids=str)
-@pytest.mark.parametrize("case", [*LAYOUTS][1::3], ids=str)
+@pytest.mark.parametrize(("parts", "case"), [(p, c) for p, c in GRID if p.residual and p.dtype != "uint8"], ids=str)
 def test_out_may_be_the_residual(case, parts):
     d = problem(case, parts)
     y, saved = train(d)
@@ -481,8 +482,7 @@ def test_out_may_be_the_residual(case, parts):
         assert infer(d, residual=over, out=over).tobytes() == infer(d).tobytes()
 
 
-@pytest.mark.parametrize("parts", [p for p in ALL_PARTS if not p.where and p.dtype != "uint8"], ids=str)
-@pytest.mark.parametrize("case", [*LAYOUTS][::3], ids=str)
+@pytest.mark.parametrize(("parts", "case"), [(p, c) for p, c in GRID if not p.where], ids=str)
 def test_inference_over_x_and_backward_over_dy(case, parts):
     d = problem(case, parts)
     expected, saved = infer(d), fixed(d)
@@ -608,10 +608,10 @@ def test_out_that_shares_memory_with_a_part_is_refused():
 def test_pytorch_differentiates_the_formula(case, kind):
     """Masked statistics by hand, as Flax has them, then residual and ReLU: its autograd finds the same gradients."""
     torch = pytest.importorskip("torch", reason="PyTorch is not installed: nothing to compare with")
-    d = problem(case, Parts("float64", True, True, None), kind=kind)
+    d = problem(case, Parts("float32", True, True, None), kind=kind)
     axes = [a for a in range(d.x.ndim) if a not in reference.channel_axes(d.x, d.axis)]
     shape = [n if a not in axes else 1 for a, n in enumerate(d.x.shape)]
-    leaves = x, gamma, beta, residual = [torch.from_numpy(a.copy()).requires_grad_()
+    leaves = x, gamma, beta, residual = [torch.from_numpy(a.astype("float64")).requires_grad_()
                                          for a in (d.x, d.gamma, d.beta, d.residual)]  # fmt: skip
     w = torch.from_numpy(np.broadcast_to(np.ones(()) if kind is None else d.where, d.x.shape).astype("float64"))
     total = w.sum(axes, keepdim=True)
@@ -620,20 +620,20 @@ def test_pytorch_differentiates_the_formula(case, kind):
     var = (w * (x - mean) ** 2).sum(axes, keepdim=True) / total
     xhat = (x - mean) / torch.sqrt(var + 1e-5)
     expected = torch.relu(xhat * gamma.reshape(shape) + beta.reshape(shape) + residual)
-    expected.backward(torch.from_numpy(d.dy))
+    expected.backward(torch.from_numpy(d.dy.astype("float64")))
 
     y, saved = train(d)
     f = reference.train(d.x, *d.oracle, **d.options)
-    assert_within(y, expected.detach().numpy().astype(np.longdouble), 16 * f.budget, "y")
+    assert_within(y, expected.detach().numpy().astype(np.longdouble), f.budget, "y")
     b = reference.backward(d.dy, d.x, d.gamma, axis=d.axis, where=d.where, y=y)
-    budgets = (b.dx_budget, b.dgamma_budget, b.dbeta_budget, reference.tolerance("float64", 0))
+    budgets = (b.dx_budget, b.dgamma_budget, b.dbeta_budget, reference.tolerance("float32", 0))
     for found, leaf, budget in zip(fastbn.batch_norm_backward(d.dy, saved), leaves, budgets, strict=True):
-        assert_within(found, leaf.grad.numpy().astype(np.longdouble), 16 * budget)
+        assert_within(found, leaf.grad.numpy().astype(np.longdouble), budget)
 
 
 def test_jax_differentiates_the_formula():
     jax = pytest.importorskip("jax", reason="JAX is not installed: nothing to compare with")
-    d = problem(Case("NLC", (4, 9, 3), 2), Parts("float64", True, True, None), kind="position float64")
+    d = problem(Case("NLC", (4, 9, 3), 2), Parts("float32", True, True, None), kind="position float64")
     jnp = jax.numpy
 
     def forward(x, gamma, beta, residual):
@@ -643,11 +643,15 @@ def test_jax_differentiates_the_formula():
         return jax.nn.relu((x - mean) / jnp.sqrt(var + 1e-5) * gamma + beta + residual)
 
     with jax.enable_x64(True) if hasattr(jax, "enable_x64") else jax.experimental.enable_x64(True):
-        expected, backward = jax.vjp(forward, d.x, d.gamma, d.beta, d.residual)
-        gradients = [np.asarray(g) for g in backward(jnp.asarray(d.dy))]
+        given = (np.float64(a) for a in (d.x, d.gamma, d.beta, d.residual))
+        expected, backward = jax.vjp(forward, *given)
+        gradients = [np.asarray(g) for g in backward(jnp.asarray(d.dy, "float64"))]
         expected = np.asarray(expected)
     assert expected.dtype == np.float64
     y, saved = train(d)
-    np.testing.assert_allclose(y, expected, rtol=1e-12, atol=1e-12)
-    for found, gradient in zip(fastbn.batch_norm_backward(d.dy, saved), gradients, strict=True):
-        np.testing.assert_allclose(found, gradient, rtol=1e-12, atol=1e-12)
+    f = reference.train(d.x, *d.oracle, **d.options)
+    assert_within(y, expected.astype(np.longdouble), f.budget, "y")
+    b = reference.backward(d.dy, d.x, d.gamma, axis=d.axis, where=d.where, y=y)
+    budgets = (b.dx_budget, b.dgamma_budget, b.dbeta_budget, reference.tolerance("float32", 0))
+    for found, gradient, budget in zip(fastbn.batch_norm_backward(d.dy, saved), gradients, budgets, strict=True):
+        assert_within(found, gradient.astype(np.longdouble), budget)

@@ -558,7 +558,7 @@ BAD_ACTIVATIONS = [
     ("empty", ValueError, ""),
     ("bool", TypeError, True),
     ("number", TypeError, 1),
-    ("function", TypeError, np.abs),
+    ("function", TypeError, len),
 ]
 
 

@@ -170,7 +170,7 @@ def weights_of(w: Array, shape: Shape, axes: Shape, lay: Layout) -> Weights:
     sides = [math.prod(shape[a] for a in group) if v else 1 for group, v in zip(groups, varies, strict=True)]
     rest = [a for a in range(len(shape)) if a not in kept]  # of length 1 now
     view = np.require(wide.transpose(kept + rest), requirements=["C", "A"]).reshape(sides)
-    times = lay.per_channel / (sides[0] * sides[2])
+    times = lay.per_channel / max(sides[0] * sides[2], 1)  # of an empty array 0
     totals = np.broadcast_to(view.sum((0, 2), np.float64) * times, lay.channels).copy()
     step = [sides[1] * sides[2] * varies[0], sides[2] * varies[1], int(varies[2])]
     flat = _writable(view.reshape(-1))

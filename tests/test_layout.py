@@ -232,3 +232,20 @@ def test_what_kernels_are_given(rng, given, dtype, awkward):
         assert (a.dtype.isnative, a.flags.c_contiguous, a.flags.aligned, a.flags.writeable) == (True,) * 4
         assert type(a) is np.ndarray
     assert y.dtype == reference.result_dtype(dtype)
+
+
+@pytest.mark.parametrize("shape", [(0, 3, 5), (4, 3, 0), (4, 0, 5)])
+@pytest.mark.parametrize("axes", [(), (0,), (2,), (0, 2), (0, 1, 2)], ids=str)
+def test_weights_of_an_empty_array(shape, axes):
+    """Whichever axes they vary along: no channel has any weight."""
+    x, w = np.empty(shape, "float32"), np.ones([n if a in axes else 1 for a, n in enumerate(shape)], bool)
+    m = fastbn.moments(x, where=w)
+    y, saved = fastbn.batch_norm_train(x, where=w)
+    dx, dgamma, dbeta = fastbn.batch_norm_backward(y, saved)
+    assert (y.shape, dx.shape) == (shape, shape)
+    for a in (m.count, m.mean, m.m2, saved.count, dgamma, dbeta):
+        np.testing.assert_array_equal(a, np.zeros(shape[1]))
+    bn = fastbn.BatchNorm(max(shape[1], 1))
+    if shape[1]:
+        assert bn(x, where=w).shape == shape
+        assert bn.num_batches_tracked == 0

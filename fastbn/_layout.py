@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ._threads import planned_threads
-from .kernels.grid import Grid, fused_grid, split_grid
+from .kernels.grid import TERMS, Grid, fused_grid, split_grid
 from .kernels.plain import CARRIERS
 
 Array = npt.NDArray[Any]
@@ -171,10 +171,24 @@ def weights_of(w: Array, shape: Shape, axes: Shape, lay: Layout) -> Weights:
     rest = [a for a in range(len(shape)) if a not in kept]  # of length 1 now
     view = np.require(wide.transpose(kept + rest), requirements=["C", "A"]).reshape(sides)
     times = lay.per_channel / max(sides[0] * sides[2], 1)  # of an empty array 0
-    totals = np.broadcast_to(view.sum((0, 2), np.float64) * times, lay.channels).copy()
+    totals = np.broadcast_to(_totals(view) * times, lay.channels).copy()
     step = [sides[1] * sides[2] * varies[0], sides[2] * varies[1], int(varies[2])]
     flat = _writable(view.reshape(-1))
     return Weights(flat.view(np.uint8) if flat.dtype.kind == "b" else flat, np.array(step, np.int64), totals)
+
+
+def _totals(view: Array) -> Array:
+    """Sums over the first and the last axis, in float64.
+
+    NumPy adds rows one after another: a million equal weights would have eleven digits. Here TERMS of them are, as in
+    the kernels.
+    """
+    while len(view) > TERMS and view.dtype.kind != "b":  # ones are added exactly
+        whole = len(view) // TERMS * TERMS
+        parts = view[:whole].reshape(-1, TERMS, *view.shape[1:]).sum((1, 3), np.float64)
+        view = np.concatenate([parts, view[whole:].sum((0, 2), np.float64)[None]])[..., None]
+    sums: Array = view.sum((0, 2), np.float64)
+    return sums
 
 
 def is_dense(a: Array, lay: Layout) -> bool:

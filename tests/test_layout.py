@@ -2,6 +2,7 @@
 
 import importlib
 import tracemalloc
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -249,3 +250,12 @@ def test_weights_of_an_empty_array(shape, axes):
     if shape[1]:
         assert bn(x, where=w).shape == shape
         assert bn.num_batches_tracked == 0
+
+
+@pytest.mark.parametrize("shape", [(200_003, 2), (1, 2, 200_003), (70_001, 2, 3)])
+def test_the_sum_of_many_equal_weights_has_14_digits(shape):
+    """Which all round the same way."""
+    n = int(np.prod(shape)) // 2
+    m = fastbn.moments(np.zeros(shape, "float32"), where=np.full(shape, 0.7))
+    assert abs(float(Fraction(m.count[0]) / (Fraction(0.7) * n) - 1)) < 1e-14
+    np.testing.assert_array_equal(m.count, m.count[0])

@@ -42,6 +42,19 @@ PATHS = {
 }  # fmt: skip
 """The ways through the kernels, in the words of `Problem.path`."""
 
+PARTS = [
+    ("float32", False, False, "bool"),
+    ("float64", False, False, "float64"),
+    ("float32", True, True, "float64"),
+    ("float64", True, True, "bool"),
+    ("float16", True, False, None),
+    ("float16", True, False, "float32"),
+    ("bfloat16", False, True, "float32"),
+]
+"""Dtype, ReLU?, residual?, and the dtype of weights: a few, since each compiles for seconds; test_parts.py has more."""
+
+WEIGHTED = [parts for parts in PARTS if parts[3]]
+
 SEEDS = st.integers(0, 2**32 - 1)
 
 
@@ -61,7 +74,7 @@ def holds(*strategies):
 
 @dataclass(frozen=True)
 class Problem(Case):
-    """A case with its data and options."""
+    """A case with its data and options. `where` is a kind of weights, in the words of `Case.weights`."""
 
     dtype: str = "float32"
     seed: int = 0
@@ -73,11 +86,17 @@ class Problem(Case):
     build: str = "serial"
     threads: int = 1
     tiles: str = "real"
+    relu: bool = False
+    residual: bool = False
+    where: str | None = None
 
     @functools.cached_property
     def d(self):
         """The data; `affine` is gamma and beta as they are handed over, None where the problem has none."""
-        d = self.data(np.random.default_rng(self.seed), self.dtype, self.offset, self.spread)
+        one, two, three = (np.random.default_rng([self.seed, *more]) for more in ((), (1,), (2,)))
+        d = self.data(one, self.dtype, self.offset, self.spread)
+        d.z = Case.residual(self, two, d.dy.dtype) if self.residual else None
+        d.w = self.weights(three, self.where) if self.where else None
         d.affine = (d.gamma if self.scale else None, d.beta if self.center else None)
         if not self.scale:
             d.gamma = np.ones_like(d.gamma)
@@ -98,6 +117,15 @@ class Problem(Case):
     @property
     def options(self):
         return {"axis": self.axis, "eps": self.eps}
+
+    @property
+    def given(self):
+        """The options that an inference has, too."""
+        return self.options | {"residual": self.d.z, "activation": "relu" if self.relu else None}
+
+    @property
+    def training(self):
+        return self.given | {"where": self.d.w}
 
     def spread_out(self, v):
         """A value per channel, in a shape that broadcasts against x."""
@@ -129,8 +157,11 @@ class Problem(Case):
 
 
 @st.composite
-def problems(draw, dtypes=FLOATS, offsets=(0.0, 3.0, 100.0, 1e4)):
-    """Any rank from 1 to 5, any channel axes, memory order and tiles; two values per channel at least."""
+def problems(draw, dtypes=FLOATS, offsets=(0.0, 3.0, 100.0, 1e4), parts=None):
+    """Any rank from 1 to 5, any channel axes, memory order and tiles; two values per channel at least.
+
+    `parts`: those to choose from, as in `PARTS`; they bring their dtype.
+    """
     rank = draw(st.sampled_from([1, 2, 3, 2, 3, 4, 5]))
     number = draw(st.sampled_from([1, 0, 2, 1, 3, 1]))
     axes = draw(st.lists(st.integers(0, rank - 1), min_size=min(number, rank), max_size=min(number, rank), unique=True))
@@ -151,19 +182,24 @@ def problems(draw, dtypes=FLOATS, offsets=(0.0, 3.0, 100.0, 1e4)):
     order = draw(st.none() | st.permutations(range(rank)).map(tuple)) if rank > 1 else None
     if draw(st.booleans()):
         axes = [a - rank for a in axes]
-    dtype = draw(st.sampled_from(dtypes))
+    options = draw(st.sampled_from(parts or [(dtype, False, False, None) for dtype in dtypes]))
+    dtype, relu, residual, weights = options
+    kinds = ["sample", "position", "full", "without"] + (["channel", "last", "one"] if weights != "bool" else [])
     # A parallel region takes milliseconds where others use the processor too; those for integers, a minute to compile.
-    builds = ["serial"] * 7 + ["parallel" if dtype in FLOATS else "serial"]
+    builds = ["serial"] * 7 + ["parallel" if dtype in FLOATS and not parts else "serial"]
     return Problem(
         "drawn", tuple(shape), axes[0] if len(axes) == 1 else tuple(axes), order,
         dtype=dtype,
         seed=draw(SEEDS),
         offset=draw(st.sampled_from(offsets)),
         spread=2.0 ** draw(st.sampled_from([0, -6, 6])),
-        eps=draw(st.sampled_from([1e-5, 0.0, 1e-3, 1.0])),
+        eps=draw(st.sampled_from([1e-5, 1e-3, 1.0] if weights else [1e-5, 0.0, 1e-3, 1.0])),
         scale=draw(st.booleans()),
         center=draw(st.booleans()),
         build=draw(st.sampled_from(builds)),
         threads=draw(st.integers(1, 8)),
         tiles=tiles,
+        relu=relu,
+        residual=residual,
+        where=f"{draw(st.sampled_from(kinds))} {weights}" if weights else None,
     )  # fmt: skip

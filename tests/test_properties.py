@@ -9,14 +9,15 @@ import copy
 import io
 import itertools
 import pickle
+from dataclasses import replace
 
 import numpy as np
 import reference
-from arrays import FLOATS, INTEGERS
+from arrays import FLOATS, HALVES, INTEGERS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import WIDE, assert_within, tolerance
-from strategies import EXAMPLES, PATHS, PROFILE, SEEDS, Problem, holds, problems
+from strategies import EXAMPLES, PARTS, PATHS, PROFILE, SEEDS, WEIGHTED, Problem, holds, problems
 
 import fastbn
 
@@ -378,14 +379,21 @@ def test_an_empty_batch_gives_empty_results(p, data):
 # ----------------------------------------------------------------------------------------------------------- statistics
 
 
-def assert_moments(found, x, axis):
-    """`found`, merged of moments of parts of x, are those of x."""
-    mean, var = reference.mean_var(x, axis)
+def assert_moments(found, x, axis, where=None):
+    """`found`, merged of moments of parts of x, are those of x. Of a channel without weight there are none."""
+    mean, var = reference.mean_var(x, axis, where)
     size = abs(mean) + np.sqrt(var)
-    assert found.count == reference.count(x, axis)
-    assert_within(found.mean, mean, tolerance("float64", 0, 2 * size), "mean")
+    if where is None:
+        assert found.count == reference.count(x, axis)
+        known = np.full(mean.shape, True)
+    else:
+        total = reference.reduce(reference.weights(x, where), axis)
+        assert_within(np.asarray(found.count), total, tolerance("float64", 0, total), "count")
+        known = np.asarray(found.count > 0)
+    assert_within(found.mean[known], mean[known], tolerance("float64", 0, 2 * size[known]), "mean")
     lost = 2 * np.finfo(float).eps * abs(mean) * size  # means are float64: delta is off by eps * mean
-    assert_within(found.var(), var, tolerance("float64", 0, 2 * var) + lost, "var")
+    assert_within(found.var()[known], var[known], (tolerance("float64", 0, 2 * var) + lost)[known], "var")
+    assert np.isnan(found.var()[~known]).all()
 
 
 @holds(problems(), st.data())
@@ -445,6 +453,258 @@ def test_fit_population_is_that_of_all_samples(p, correction, seed):
         bn(p.d.x)  # with momentum=None it goes on from there
     m = fastbn.Moments(2 * n, bn.running_mean, bn.running_var * (2 * n - correction))
     assert_moments(m, np.concatenate([p.d.x, p.d.x], axis), p.axis)
+
+
+# ---------------------------------------------------------------------------------------------- weights, ReLU, residual
+
+
+def trained(p, d=None, **changes):
+    """y, its Saved, and all gradients of a problem with its parts, or of other data or options."""
+    d = d or p.d
+    y, saved = fastbn.batch_norm_train(d.x, *d.affine, **p.training | changes)
+    return y, saved, fastbn.batch_norm_backward(d.dy, saved)
+
+
+def through(relu, dy, y):
+    """What of dy a ReLU lets through."""
+    return np.where(y > 0, dy, dy.dtype.type(0)) if relu else dy
+
+
+def broadcast(p):
+    """The weights of each element."""
+    return np.broadcast_to(p.d.w, p.shape)
+
+
+def assert_gradients(p, found, y, **statistics):
+    expected = vars(reference.backward(p.d.dy, p.d.x, p.d.gamma, y=y if p.relu else None, **p.options, **statistics))
+    for name, a in zip(NAMES[1:], found, strict=False):
+        assert_within(a, expected[name], expected[f"{name}_budget"], name)
+    assert len(found) == 3 + p.residual
+    for a in found[3:]:
+        assert_same_bits([a], [through(p.relu, p.d.dy, y)])
+
+
+@holds(problems(offsets=(0.0, 3.0, 100.0), parts=PARTS))
+def test_the_formula_with_its_parts(p):
+    """Every verb, in every precision, gives what the oracle gives, and leaves its inputs alone."""
+    d = p.d
+    inputs = [a for a in (d.x, d.dy, d.z, d.w, *d.affine) if a is not None]
+    before = [a.tobytes() for a in inputs]
+    with p.built():
+        m = fastbn.moments(d.x, axis=p.axis, where=d.w)
+        y, saved, found = trained(p)
+        if not p.where:
+            z = fastbn.batch_norm(d.x, d.mean, d.var, *d.affine, **p.given)
+            fixed = fastbn.Saved.fixed(d.x, d.mean, d.var, *d.affine, **p.given)
+            frozen = fastbn.batch_norm_backward(d.dy, fixed)
+    assert before == [a.tobytes() for a in inputs]
+    assert_moments(m, d.x, p.axis, d.w)
+    assert_same_bits([saved.mean, saved.moments.m2, np.asarray(saved.count)], [m.mean, m.m2, np.asarray(m.count)])
+    expected = reference.train(d.x, d.gamma, d.beta, **p.training)
+    assert_within(y, expected.y, expected.budget, "y")
+    assert_gradients(p, found, y, where=d.w)
+    if not p.where:
+        expected = reference.infer(d.x, d.mean, d.var, d.gamma, d.beta, **p.given)
+        assert_within(z, expected.y, expected.budget, "inference")
+        assert_gradients(p, frozen, z, fixed=(d.mean, d.var))
+
+
+@holds(problems(parts=[p for p in PARTS if p[1] and p[2:] != (False, "float32")]))
+def test_residual_and_relu_are_what_they_add_to_the_plain_results(p):
+    """To the last bit: y = max(plain + residual, 0), and the gradients are the plain ones of dy where y > 0."""
+    plain = replace(p, relu=False, residual=False)
+    with p.built():
+        y, saved, found = trained(p)
+        before, kept, _ = trained(plain)
+        added = before if p.d.z is None else before + p.d.z
+        masked = through(True, p.d.dy, y)
+        expected = fastbn.batch_norm_backward(masked, kept)
+    assert_same_bits([y], [np.where(added > 0, added, added.dtype.type(0))])
+    assert_same_bits([saved.mean, saved.var, *found], [kept.mean, kept.var, *expected, *[masked] * p.residual])
+
+
+@holds(problems(offsets=(0.0, 3.0, 100.0), parts=[(dtype, False, False, None) for dtype in HALVES]))
+def test_half_precision_is_float64_rounded_once(p):
+    """Whatever is computed from the same values in float64, up to its own last bits."""
+    d = p.d
+    wide = copy.copy(d)
+    wide.x, wide.dy = d.x.astype("float64"), d.dy.astype("float64")
+    x = np.float64(d.x)
+    expected = (
+        reference.train(x, d.gamma, d.beta, **p.options).budget,
+        reference.backward(wide.dy, x, d.gamma, **p.options),
+    )
+    with p.built():
+        y, saved, (dx, dgamma, dbeta) = trained(p)
+        y64, _, (dx64, *sums64) = trained(p, wide)
+    assert_moments(saved.moments, x, p.axis)
+    assert_within(y, y64.astype(WIDE), 2 * expected[0], "y")
+    assert_within(dx, dx64.astype(WIDE), 2 * expected[1].dx_budget, "dx")
+    for name, a, b in zip(("dgamma", "dbeta"), (dgamma, dbeta), sums64, strict=True):
+        assert_within(
+            a, b.astype(WIDE), 2 * getattr(expected[1], f"{name}_budget") + tolerance("float32", abs(b)), name
+        )
+
+
+@holds(problems(INTEGERS[1:2]), st.sampled_from(["float32", *HALVES]))
+def test_out_decides_the_dtype_of_integers(p, dtype):
+    out = p.lay(np.full(p.shape, np.nan, dtype))
+    with p.built():
+        y, saved = fastbn.batch_norm_train(p.d.x, *p.d.affine, **p.options, out=out)
+        m = fastbn.moments(p.d.x, axis=p.axis)
+    assert y is out
+    expected = reference.train(p.d.x, p.d.gamma, p.d.beta, **p.options, dtype=dtype)
+    assert_within(y, expected.y, expected.budget, "y")
+    assert_same_bits([saved.mean, saved.moments.m2], [m.mean, m.m2])
+
+
+@holds(problems(parts=[p for p in PARTS if p[2]]))
+def test_over_the_residual_is_out_of_place_bit_by_bit(p):
+    over = p.d.z.copy("K")
+    with p.built():
+        y, _, expected = trained(p)
+        again, _, found = trained(p, residual=over, out=over)
+    assert again is over
+    assert_same_bits([again, *found], [y, *expected])
+
+
+@holds(problems(parts=[p for p in WEIGHTED if not p[1] and p[0] in FLOATS]), st.data())
+def test_a_weight_of_k_is_k_repeats(p, data):
+    """Each of which has its share of dy; as many repeats as a boolean can say are 0 and 1."""
+    axis = data.draw(st.sampled_from([a for a in p.reduced if p.shape[a] > 1] or p.reduced), "axis")
+    dtype = p.where.split()[1]
+    times = np.random.default_rng(p.seed).integers(0, 2 if dtype == "bool" else 4, p.shape[axis])
+    times[:2] = 1 if dtype == "bool" else 2
+    shape = [-1 if a == axis else 1 for a in range(len(p.shape))]
+    w = times.astype(dtype).reshape(shape)
+    d = copy.copy(p.d)
+    d.dy = p.lay(np.where(w > 0, p.d.dy, p.d.dy.dtype.type(0)))
+    many = copy.copy(d)
+    many.x, many.dy = (np.repeat(a, times, axis) for a in (d.x, d.dy / np.maximum(times, 1).reshape(shape)))
+    many.dy = many.dy.astype(p.dtype)
+    with p.built():
+        y, saved, found = trained(p, d, where=w)
+        again, all_saved, copies = trained(p, many, where=None)
+    assert_moments(all_saved.moments, many.x, p.axis)
+    np.testing.assert_array_equal(saved.count, all_saved.count)
+    assert_moments(fastbn.Moments(all_saved.count, saved.moments.mean, saved.moments.m2), many.x, p.axis)
+    first = np.cumsum(times) - times
+    here = np.flatnonzero(times)
+    expected = reference.train(d.x, d.gamma, d.beta, **p.options, where=w)
+    assert_within(y.take(here, axis), again.take(first[here], axis), 2 * expected.budget.take(here, axis), "y")
+    b = reference.backward(d.dy, d.x, d.gamma, **p.options, where=w)
+    share = tolerance(p.dtype, np.max(abs(d.dy)))  # rounding dy / k, of which each sum has k
+    scale = abs(p.spread_out(p.d.gamma * reference.invstd(reference.mean_var(d.x, p.axis, w)[1], p.eps)))
+    n = all_saved.count
+    dx = np.add.reduceat(copies[0].astype(WIDE), first[here], axis)
+    slack = tolerance(p.dtype, abs(dx)) + 3 * share * scale * (2 + np.sqrt(n))
+    assert_within(found[0].take(here, axis), dx, 2 * b.dx_budget.take(here, axis) + slack, "dx")
+    for i, name in enumerate(("dgamma", "dbeta"), 1):
+        assert_within(found[i], copies[i].astype(WIDE), 2 * getattr(b, f"{name}_budget") + share * n, name)
+
+
+@holds(problems(parts=[p for p in WEIGHTED if p[3] != "bool"]), st.integers(-12, 12))
+def test_weights_count_in_relation_to_each_other(p, k):
+    """All of them times a power of two: the same bits, and as many times the count."""
+    times = p.d.w.dtype.type(2.0**k)
+    with p.built():
+        y, saved, found = trained(p)
+        again, scaled, same = trained(p, where=p.d.w * times)
+    assert_same_bits(
+        [again, scaled.mean, scaled.var, scaled.count, scaled.moments.m2, *same],
+        [y, saved.mean, saved.var, saved.count * times, saved.moments.m2 * times, *found],
+    )
+
+
+@holds(problems(parts=[p for p in WEIGHTED if p[3] == "float64"]), st.floats(1e-6, 1e6))
+def test_weights_may_have_any_unit(p, unit):
+    with p.built():
+        m = fastbn.moments(p.d.x, axis=p.axis, where=p.d.w * unit)
+    assert_moments(fastbn.Moments(m.count / unit, m.mean, m.m2 / unit), p.d.x, p.axis, p.d.w)
+
+
+@holds(problems(parts=WEIGHTED), st.data())
+def test_split_and_merged_with_weights_is_the_whole(p, data):
+    axis = data.draw(st.sampled_from(p.reduced), "axis")
+    at = data.draw(st.integers(0, p.shape[axis]), "at")
+    with p.built():
+        one, two = (
+            fastbn.moments(p.lay(x), axis=p.axis, where=np.ascontiguousarray(w))
+            for x, w in zip(*(np.split(a, [at], axis) for a in (p.d.x, broadcast(p))), strict=True)
+        )
+    assert_moments(one + two, p.d.x, p.axis, p.d.w)
+    assert_moments(two + one, p.d.x, p.axis, p.d.w)
+    zero = fastbn.Moments.empty(p.channels)
+    for m in (zero + one, one + zero):
+        assert_same_bits([np.asarray(m.count), m.mean, m.m2], [np.asarray(one.count), one.mean, one.m2])
+
+
+HIDDEN = st.sampled_from([np.nan, np.inf, -np.inf, 0.0, -7.0, 60000.0])
+
+
+@holds(problems(parts=WEIGHTED), HIDDEN, st.sampled_from([np.nan, np.inf, -np.inf, 0.0, -0.0]))
+def test_what_has_no_weight_and_no_gradient_does_not_matter(p, value, gradient):
+    """Not to the last bit: neither to statistics and sums nor to any other element."""
+    nowhere = broadcast(p) == 0
+    d, other = copy.copy(p.d), copy.copy(p.d)
+    d.dy = p.lay(np.where(nowhere, p.d.dy.dtype.type(0), p.d.dy))
+    other.x = p.lay(np.where(nowhere, p.d.x.dtype.type(value), p.d.x))
+    other.dy = p.lay(np.where(nowhere, p.d.dy.dtype.type(gradient), p.d.dy))
+    with p.built():
+        y, saved, (dx, *sums) = trained(p, d)
+        again, found, (dx2, *sums2) = trained(p, other)
+        m = fastbn.moments(other.x, axis=p.axis, where=p.d.w)
+    assert_same_bits([found.mean, found.var, m.mean, m.m2], [saved.mean, saved.var, saved.mean, saved.moments.m2])
+    sums, sums2 = ([*s[:2], *(a[~nowhere] for a in s[2:])] for s in (sums, sums2))
+    assert_same_bits([again[~nowhere], dx2[~nowhere], *sums2], [y[~nowhere], dx[~nowhere], *sums])
+
+
+@holds(problems(offsets=(0.0, 3.0, 100.0), parts=WEIGHTED))
+def test_gradients_with_weights_are_orthogonal_to_what_the_forward_removes(p):
+    """A shift of all x changes nothing, whatever their weights: sum(dx) = 0. Nor does a scale: sum(dx * xhat) = 0.
+
+    But for the share of eps, and where a channel has no weight: its statistics do not depend on x.
+    """
+    d = p.d
+    with p.built():
+        y, saved, (dx, *_) = trained(p)
+    expected = reference.backward(d.dy, d.x, d.gamma, **p.options, where=d.w, y=y if p.relu else None)
+    mean, var = reference.mean_var(d.x, p.axis, d.w)
+    invstd = reference.invstd(var, p.eps)
+    xhat = (d.x.astype(WIDE) - p.spread_out(mean)) * p.spread_out(invstd)
+    bears = saved.count > 0
+    shift = np.where(bears, 0, d.gamma * invstd * expected.dbeta)
+    scale = d.gamma * invstd * expected.dgamma * np.where(bears, 1 - var * invstd**2, 1)
+    most = expected.dx_budget + rounded_once(p.dtype, dx)
+    assert_within(reference.reduce(dx.astype(WIDE), p.axis), shift, reference.reduce(most, p.axis), "sum dx")
+    most = reference.reduce(most * abs(xhat), p.axis) + tolerance("float64", 0)
+    assert_within(reference.reduce(dx * xhat, p.axis), scale, most, "sum dx * xhat")
+
+
+def rounded_once(dtype, a):
+    """What the rounding to a half may be; that of others is in the budget."""
+    if not reference.is_half(dtype):
+        return WIDE(0)
+    digits, lowest, _ = reference.HALVES[dtype]
+    return abs(a.astype(WIDE)) * WIDE(2) ** -digits + WIDE(2) ** (lowest - digits)
+
+
+@holds(problems(parts=WEIGHTED), st.data())
+def test_layouts_agree_with_weights(p, data):
+    """NCHW equals NHWC: of x and of the weights, in memory to the last roundings, by name alone to the last bit."""
+    rank = len(p.shape)
+    other = replace(p, order=data.draw(st.permutations(range(rank)).map(tuple), "memory order"))
+    x, w = other.lay(p.d.x), np.broadcast_to(p.d.w, p.shape)
+    w = other.lay(w) if data.draw(st.booleans(), "weights in that order") else w
+    with p.built():
+        found = fastbn.moments(x, axis=p.axis, where=w)
+        assert_moments(found, p.d.x, p.axis, p.d.w)
+        names = list(data.draw(st.permutations(range(rank)), "order of the axes"))
+        for place, a in zip(sorted(names.index(a) for a in p.axes), p.axes, strict=True):
+            names[place] = a
+        axis = tuple(names.index(a) for a in p.axes)
+        renamed = fastbn.moments(x.transpose(names), axis=axis, where=w.transpose(names))
+    assert_same_bits([renamed.count, renamed.mean, renamed.m2], [found.count, found.mean, found.m2])
 
 
 # ------------------------------------------------------------------------------------------------------------ the layer
@@ -546,15 +806,16 @@ def test_moments_go_round(p, clone):
 
 
 def test_the_examples_go_every_way_through_the_kernels():
-    seen = set()
+    for parts in (None, PARTS):
+        seen = set()
 
-    @settings(max_examples=1000, derandomize=True)
-    @given(problems())
-    def look(p):
-        seen.update(p.path())
+        @settings(max_examples=1000, derandomize=True)
+        @given(problems(parts=parts).map(Problem.path))
+        def look(seen, path):
+            seen.update(path)
 
-    look()
-    assert PATHS - seen == set()
+        look(seen)
+        assert PATHS - seen == set()
 
 
 def test_a_problem_prints_the_line_that_repeats_it():

@@ -17,9 +17,10 @@ import itertools
 import os
 from types import SimpleNamespace
 
+import ml_dtypes
 import numpy as np
 import pytest
-from arrays import ArrayLike
+from arrays import HALVES, ArrayLike
 from numpy.lib.stride_tricks import as_strided
 from refusals import refused
 
@@ -100,14 +101,15 @@ BUFFERS = [("bytearray", T, bytearray(b"1")), ("memoryview", T, memoryview(b"1")
 
 
 def of_dtypes(shape, dtypes):
-    return [(f"dtype {np.dtype(d).str}", T, np.ones(shape, d)) for d in dtypes]
+    return [(f"dtype {d if d in HALVES else np.dtype(d).str}", T, np.ones(shape, d)) for d in dtypes]
 
 
 def unusable(shape):
     """What is no array that can be normalized."""
     return [
         *without(OBJECTS, "raises RuntimeError", "raises KeyError", "raises TypeError"),
-        *of_dtypes(shape, ["c8", "c16", "O", "U3", "S3", "m8[s]", "V4", "f2", ">f2", np.longdouble]),
+        *of_dtypes(shape, ["c8", "c16", "O", "U3", "S3", "m8[s]", "V2", "V4", np.longdouble]),
+        *((f"dtype {d}", T, np.ones(shape, getattr(ml_dtypes, d))) for d in ("float8_e4m3fn", "float8_e5m2", "int4")),
         ("records", T, np.zeros(shape, [("a", "f4")])),
         ("dates", T, np.zeros(shape, "M8[s]")),
         ("masked", T, np.ma.masked_less(np.ones(shape, "f4"), 0)),
@@ -238,7 +240,7 @@ STATE_COUNTS = [(what, V if isinstance(v, np.ndarray) and v.size > 1 else error,
 # A count may be an array, too: the total weights of the channels.
 WEIGHTS = [
     *((what, V if isinstance(v, np.ndarray) and v.dtype.kind in "iuf" else error, v) for what, error, v in COUNTS),
-    *of_dtypes(C, ["?", "c16", "O", "U3", "S3", "m8[s]", "V4", "f2", ">f2", np.longdouble]),
+    *of_dtypes(C, ["?", "c16", "O", "U3", "S3", "m8[s]", "V2", np.longdouble]),
     *((f"weights of shape {s}", V, np.ones(s)) for s in ((), (C + 1,), (0,), (1, C), (C, 1))),
     *((f"whole weights of shape {s}", V, np.ones(s, int)) for s in ((C + 1,), (1, C), (C, 1))),
     *((f"a weight of {v}", V, np.array([1.0, 0.0, v])) for v in (np.nan, np.inf, -np.inf, -1.0, -5e-324)),
@@ -247,7 +249,9 @@ WEIGHTS = [
     ("masked", T, np.ma.masked_less(np.ones(C), 0)),
     ("masked constant", T, np.ma.masked),
     ("NumPy's float", V, np.float64(3)),
-    ("NumPy's float16", T, np.float16(3)),
+    ("NumPy's float16", V, np.float16(3)),
+    ("float16's infinity", V, np.array([1, 0, np.inf], "f2")),
+    ("bfloat16's NaN", V, np.array([1, 0, np.nan], "bfloat16")),
     ("list of weights", T, [1.0, 2.0, 3.0]),
 ]
 CHANNELS = [
@@ -262,7 +266,8 @@ CHANNELS = [
 ]
 NO_DTYPES = [
     *without(OBJECTS, "NumPy's class", "layer"), *without(BOOLS, "NumPy's True"), *NONE,  # these two have a dtype
-    *((f"dtype {d}", T, d) for d in ("c8", "O", "U3", "M8", "V4", "f2", "g", "f4,f4", "f4,,", "no dtype", "(2,)f4")),
+    *((f"dtype {d}", T, d) for d in ("c8", "O", "U3", "M8", "V2", "g", "float8_e4m3fn", "f4,f4", "f4,,", "(2,)f4")),
+    ("no dtype", T, "no dtype"),
     ("complex class", T, complex),
     ("fields", T, [("a", "f4")]),
     ("half a field", T, [("a",)]),
@@ -270,7 +275,11 @@ NO_DTYPES = [
     ("number", T, 3.5),
     ("array", T, np.ones(2)),
 ]  # fmt: skip
-PARAMETER_DTYPES = [*NO_DTYPES, *((f"dtype {d}", T, d) for d in ("i4", "u1", "?", ">f4")), ("int class", T, int)]
+PARAMETER_DTYPES = [
+    *NO_DTYPES,
+    *((f"dtype {d}", T, d) for d in (*HALVES, "i4", "u1", "?", ">f4")),
+    ("int class", T, int),
+]
 
 
 def read_only(a):
@@ -286,7 +295,7 @@ def outs(other):
         ("NumPy scalar", T, np.float32(0)),
         ("memoryview", T, memoryview(np.zeros(SHAPE, "f4"))),
         ("array-like", T, ArrayLike(np.zeros(SHAPE, "f4"))),
-        *of_dtypes(SHAPE, ["f8", ">f4", "f2", np.longdouble, "i4", "?", "c8", "O", "U3", "V4"]),
+        *of_dtypes(SHAPE, ["f8", ">f4", *HALVES, np.longdouble, "i4", "u2", "?", "c8", "O", "U3", "V4"]),
         ("masked", T, np.ma.masked_less(np.zeros(SHAPE, "f4"), -1)),
         *((f"shape {s}", V, np.zeros(s, "f4")) for s in ((4, 3, 4), (5, 3, 4), (1, *SHAPE), (60,), (), (0, 3, 5))),
         ("read-only", V, read_only(np.zeros(SHAPE, "f4"))),
@@ -308,13 +317,36 @@ DYS = [
     ("scalar", V, 1.0),
     ("list", V, [1.0, 2.0]),
 ]
+# The shapes that would broadcast to x's are no shapes of a residual.
+RESIDUALS = [*without(DYS, "None"), ("per channel", V, np.ones((1, C, 1), "f4")), ("0-d", V, np.array(1.0))]
+MASKS = [
+    *unusable(SHAPE),
+    *((f"shape {s}", V, np.ones(s)) for s in ((4,), (C,), (4, C), (2, C, 5), (4, C, 4), (0, C, 5), (0,), (1, *SHAPE))),
+    *((f"a weight of {v}", V, np.array([[1, 0, 1, v, 1]])) for v in (np.nan, np.inf, -np.inf, -1.0, -5e-324)),
+    *((f"{d} weight of {v}", V, np.array([[1], [0], [v]], d)) for d in (*HALVES, ">f4") for v in (np.nan, np.inf, -1)),
+    ("float32's NaN", V, np.array([0x7F800001, 0, 0, 0, 0], "uint32").view("f4")),
+    ("NaN on a False", V, np.where(np.arange(60).reshape(SHAPE) == 59, np.nan, 0)),
+    ("negative int", V, np.array([1, 0, 1, 1, -1], "i1")),
+    ("negative scalar", V, -0.5),
+    ("NaN", V, float("nan")),
+    ("negative in a list", V, [1, 1, 1, 1, -1]),
+    ("empty list", V, []),
+]
+ACTIVATIONS = [
+    *without(OBJECTS, "empty string", "text", "digits", "NumPy's text"), *BOOLS, *SEQUENCES, *BUFFERS,
+    ("bytes of relu", T, b"relu"), ("list of relu", T, ["relu"]), ("array of relu", T, np.array("relu")),
+    ("zero", T, 0), ("NaN", T, float("nan")),
+    *((repr(text), V, text) for text in ("", "ReLU", "RELU", " relu", "relu6", "leaky_relu", "none", "linear")),
+    ("long text", V, "relu" * 10**4),
+    ("NumPy's text", V, np.str_("gelu")),
+]  # fmt: skip
 SAVED = [*OBJECTS, *NONE, ("array", T, np.ones(SHAPE, "f4")), ("class", T, fastbn.Saved), ("tuple", T, (1, 2, 3)),
          ("float", T, 0.5)]  # fmt: skip
 NO_MOMENTS = [*without(OBJECTS, "moments"), *NONE, ("tuple", T, (1, 0.0, 1.0)),
               ("class", T, fastbn.Moments), ("zero", T, 0)]  # fmt: skip
 STATISTICS = [
     *OBJECTS, *NONE, *SEQUENCES[:3],
-    *of_dtypes(C, ["i8", "?", "f2", np.longdouble, ">f4", ">f8", "c16", "O", "U3"]),
+    *of_dtypes(C, ["i8", "?", *HALVES, np.longdouble, ">f4", ">f8", "c16", "O", "U3"]),
     ("masked", T, np.ma.masked_less(np.zeros(C), -1)),
     *((f"shape {s}", V, np.zeros(s)) for s in ((C - 1,), (1,), (0,), (1, C), (C, 1), ())),
     ("read-only", V, read_only(np.zeros(C))),
@@ -332,14 +364,12 @@ BATCHES = [
     ("one value", V, [np.ones((1, C))]),
     ("empty ones", V, [np.ones((0, C)), np.ones((0, C))]),
 ]  # fmt: skip
-NO_HALF = ("dtype <f2", "dtype >f2")  # as weights they are good
 KERNELS = [
-    *without(unusable((C, 2)), *NO_HALF), *NONE,
+    *unusable((C, 2)), *NONE,
     *of_dtypes((C, 2), ["i4", "u1", "?"]),
     *((f"shape {s}", V, np.ones(s, "f4")) for s in ((), (C,), (C, 2, 2), (C + 1, 2, 2, 2), (0, 2, 2, 2), (1, C, 2, 2),
                                                     (C, 2, 2, 2, 2), (C + 1, 2), (0, 2), (1, C))),
 ]  # fmt: skip
-BIASES = without(parameters(), *NO_HALF)
 TEXTS = ("empty string", "text", "digits", "NumPy's text")
 NO_LAYOUTS = [
     *without(OBJECTS, *TEXTS), *BOOLS, *NONE, *SEQUENCES, ("number", T, 1), ("tuple of letters", T, ("O", "I")),
@@ -367,16 +397,20 @@ LAYERS = [
 def world():
     """Good arguments, anew for every call, each array in the middle of memory that must stay as it is."""
     rng = np.random.default_rng(1)
-    memory = {name: rng.normal(size=100).astype("f4") for name in ("x", "dy", "out", "z")}
+    memory = {name: rng.normal(size=100).astype("f4") for name in ("x", "dy", "out", "z", "residual")}
+    memory["where"] = rng.uniform(0, 2, 100).astype("f4")
     w = SimpleNamespace(memory=memory, **{k: a[20:80].reshape(SHAPE) for k, a in memory.items()})
     w.mean, w.var, w.gamma, w.beta = np.zeros(C), np.ones(C), np.ones(C, "f4"), np.zeros(C, "f4")
     w.running_mean, w.running_var = np.zeros(C), np.ones(C)
+    w.images = np.arange(60, dtype="u1").reshape(SHAPE)
     _, w.saved = fastbn.batch_norm_train(w.z)
+    _, w.parts = fastbn.batch_norm_train(w.z, residual=w.residual, where=w.where, activation="relu")
     w.kernel, w.matrix, w.bias = np.ones((C, 2, 2, 2), "f4"), np.ones((C, 2), "f4"), np.ones(C)
     w.m = fastbn.moments(w.z)
     w.bn, w.pooled = fastbn.BatchNorm(C), fastbn.BatchNorm(C, momentum=None)
-    for bn in (w.bn, w.pooled):
-        bn(w.z)
+    w.rectified = fastbn.BatchNorm(C, activation="relu")
+    for bn in (w.bn, w.pooled, w.rectified):
+        bn(w.z, residual=w.residual, where=w.where)
         bn.backward(w.dy)
     return w
 
@@ -409,28 +443,59 @@ def spoiled(w, call):
 # Each call: the names that its refusals may bear, the function and its good arguments, the bad values of each.
 PARAMETERS = {"gamma": parameters(), "beta": parameters()}
 OPTIONS = {"axis": AXES, "eps": EPS}
+PARTS = {"residual": RESIDUALS, "activation": ACTIVATIONS}
+IN_PLACE = [("x", V, lambda w: w.x)]
+NOT_THE_WEIGHTS = [
+    ("the weights", V, lambda w: w.where),
+    *((f"the weights {what}", error, value) for what, error, value in outs("where")[-4:]),
+]
 CALLS = {
     "batch_norm": (
         "batch_norm",
         lambda w: (fastbn.batch_norm, given(w, "x", "mean", "var", "gamma", "beta", "out")),
-        {"x": XS, "mean": MEANS, "var": VARS, **PARAMETERS, **OPTIONS, "out": outs("x")},
+        {"x": XS, "mean": MEANS, "var": VARS, **PARAMETERS, **OPTIONS, **PARTS, "out": outs("x")},
+    ),
+    "batch_norm over a residual": (
+        "batch_norm",
+        lambda w: (fastbn.batch_norm, given(w, "x", "mean", "var", "residual", "out") | {"activation": "relu"}),
+        {"residual": RESIDUALS, "out": outs("residual")},
     ),
     "batch_norm_train": (
         "batch_norm_train",
         lambda w: (fastbn.batch_norm_train, given(w, "x", "gamma", "beta", "out")),
-        {"x": [*XS, *ONE_EACH], **PARAMETERS, **OPTIONS, "out": outs("x")},
+        {"x": [*XS, *ONE_EACH], **PARAMETERS, **OPTIONS, "where": MASKS, **PARTS, "out": outs("x")},
+    ),
+    "batch_norm_train with a residual": (
+        "batch_norm_train",
+        lambda w: (fastbn.batch_norm_train, given(w, "x", "residual", "out")),
+        {"where": MASKS, "activation": ACTIVATIONS, "out": [*outs("residual"), *IN_PLACE]},
+    ),
+    "batch_norm_train with ReLU and weights": (
+        "batch_norm_train",
+        lambda w: (fastbn.batch_norm_train, given(w, "x", "where", "out") | {"activation": "relu"}),
+        {"x": [*XS, *ONE_EACH], "residual": RESIDUALS, "out": [*NOT_THE_WEIGHTS, *IN_PLACE]},
+    ),
+    "batch_norm_train of integers": (
+        "batch_norm_train",
+        lambda w: (fastbn.batch_norm_train, {"x": w.images, "out": np.zeros(SHAPE, "f8")}),
+        {"out": of_dtypes(SHAPE, [">f4", ">f2", np.longdouble, "u1", "i4", "?", "c8", "O", "V2"])},
     ),
     "batch_norm_backward": (
         "batch_norm_backward",
         lambda w: (fastbn.batch_norm_backward, given(w, "dy", "saved", "out")),
         {"dy": DYS, "saved": SAVED, "out": [*outs("dy"), ("x", V, lambda w: w.z), ("of x", V, lambda w: w.z[::-1])]},
     ),
+    "batch_norm_backward of all parts": (
+        "batch_norm_backward",
+        lambda w: (fastbn.batch_norm_backward, {**given(w, "dy", "out"), "saved": w.parts}),
+        {"dy": DYS, "saved": SAVED, "out": [*outs("dy"), *NOT_THE_WEIGHTS, ("x", V, lambda w: w.z)]},
+    ),
     "Saved.fixed": (
         "Saved.fixed",
         lambda w: (fastbn.Saved.fixed, given(w, "x", "mean", "var", "gamma", "beta")),
-        {"x": XS, "mean": MEANS, "var": VARS, **PARAMETERS, **OPTIONS},
+        {"x": XS, "mean": MEANS, "var": VARS, **PARAMETERS, **OPTIONS, **PARTS},
     ),
-    "moments": ("moments", lambda w: (fastbn.moments, given(w, "x")), {"x": XS, "axis": AXES}),
+    "moments": ("moments", lambda w: (fastbn.moments, given(w, "x")), {"x": XS, "axis": AXES, "where": MASKS}),
     "Moments": (
         "Moments",
         lambda w: (fastbn.Moments, {"count": 3, **given(w, "mean"), "m2": w.var}),
@@ -472,23 +537,40 @@ CALLS = {
             "center": [*FLAGS, *NONE],
             "scale": [*FLAGS, *NONE],
             "track_running_stats": [*FLAGS, *NONE],
+            "activation": ACTIVATIONS,
             "dtype": PARAMETER_DTYPES,
         },
     ),
     "training": (
         "BatchNorm|batch_norm_train",
         lambda w: (w.bn, given(w, "x", "out")),
-        {"x": [*XS, *ONE_EACH, *OTHER_CHANNELS], "save": FLAGS, "out": outs("x")},
+        {
+            "x": [*XS, *ONE_EACH, *OTHER_CHANNELS], "residual": RESIDUALS, "where": MASKS, "save": FLAGS,
+            "out": outs("x"),
+        },
+    ),
+    "training with ReLU": (
+        "BatchNorm|batch_norm_train",
+        lambda w: (w.rectified, given(w, "x", "residual", "where", "out")),
+        {
+            "x": ONE_EACH, "residual": RESIDUALS[::5], "where": MASKS[::5],
+            "out": [*outs("x")[-4:], *NOT_THE_WEIGHTS, *IN_PLACE],
+        },
     ),
     "training with a pool": (
         "BatchNorm|batch_norm_train",
         lambda w: (w.pooled, given(w, "x", "out")),
-        {"x": [*ONE_EACH, *OTHER_CHANNELS], "save": FLAGS[:3], "out": outs("x")[-4:]},
+        {
+            "x": [*ONE_EACH, *OTHER_CHANNELS], "residual": RESIDUALS[::5], "where": MASKS[-9:], "save": FLAGS[:3],
+            "out": outs("x")[-4:],
+        },
     ),
     "evaluation": (
         "BatchNorm|batch_norm",
         lambda w: (w.bn.eval(), given(w, "x", "out")),
-        {"x": [*XS, *OTHER_CHANNELS], "save": FLAGS, "out": outs("x")},
+        {
+            "x": [*XS, *OTHER_CHANNELS], "residual": RESIDUALS, "where": MASKS, "save": FLAGS, "out": outs("x"),
+        },
     ),
     "backward": (
         "BatchNorm.backward|batch_norm_backward",
@@ -527,14 +609,17 @@ CALLS = {
         "BatchNorm|batch_norm_train",
         lambda w: (spoiled(w, lambda: w.bn(w.x, out=w.out)), {}),
         {
-            **PARAMETERS, **OPTIONS, "momentum": MOMENTUM, "correction": CORRECTION,
+            **PARAMETERS, **OPTIONS, "momentum": MOMENTUM, "correction": CORRECTION, "activation": ACTIVATIONS,
             "running_mean": STATISTICS, "running_var": STATISTICS,
         },
     ),
     "a spoiled layer in evaluation": (
         "BatchNorm|batch_norm",
         lambda w: (w.bn.eval(), (spoiled(w, lambda: w.bn(w.x, out=w.out)), {}))[1],
-        {**PARAMETERS, **OPTIONS, "running_mean": parameters(), "running_var": [*parameters(), *NEGATIVE]},
+        {
+            **PARAMETERS, **OPTIONS, "activation": ACTIVATIONS, "running_mean": parameters(),
+            "running_var": [*parameters(), *NEGATIVE],
+        },
     ),
     "a spoiled layer folded": (
         "BatchNorm.fold",
@@ -545,7 +630,7 @@ CALLS = {
         "fold_conv",
         lambda w: (fastbn.fold_conv, {"weight": w.kernel, **given(w, "bias", "bn")}),
         {
-            "weight": [*KERNELS, ("a matrix", V, np.ones((C, 2)))], "bias": BIASES, "bn": LAYERS,
+            "weight": [*KERNELS, ("a matrix", V, np.ones((C, 2)))], "bias": parameters(), "bn": LAYERS,
             "layout": [*NO_LAYOUTS, *((name, V, name) for name in ("OI", "IO", "IOHW", "HWOI", "HWIO", "OIW"))],
             "groups": GROUPS, "transposed": [*FLAGS, *NONE],
         },
@@ -556,7 +641,7 @@ CALLS = {
                                       "groups": C, "transposed": True}),
         {
             "weight": [*KERNELS, *((f"shape {s}", V, np.ones(s)) for s in ((C, C, 2, 2), (C + 1, 1, 2, 2)))],
-            "bias": BIASES, "bn": LAYERS, "layout": [*NO_LAYOUTS, ("HWOI", V, "HWOI"), ("IO", V, "IO")],
+            "bias": parameters(), "bn": LAYERS, "layout": [*NO_LAYOUTS, ("HWOI", V, "HWOI"), ("IO", V, "IO")],
             "groups": GROUPS, "transposed": [*FLAGS, *NONE, ("not", V, False)],
         },
     ),
@@ -564,7 +649,7 @@ CALLS = {
         "fold_linear",
         lambda w: (fastbn.fold_linear, {"weight": w.matrix, **given(w, "bias", "bn")}),
         {
-            "weight": [*KERNELS, ("a kernel", V, np.ones((C, 2, 1, 1)))], "bias": BIASES, "bn": LAYERS,
+            "weight": [*KERNELS, ("a kernel", V, np.ones((C, 2, 1, 1)))], "bias": parameters(), "bn": LAYERS,
             "layout": [*NO_LAYOUTS, ("OIHW", V, "OIHW"), ("IO", V, "IO")],
         },
     ),
@@ -640,8 +725,9 @@ def fingerprint(thing, depth=0):
         content = [id(o) for o in base.flat] if base.dtype.hasobject else hashlib.sha256(base.tobytes()).digest()
         return thing.shape, thing.strides, thing.dtype, thing.flags.writeable, content
     if isinstance(thing, (fastbn.Moments, fastbn.Saved)):
-        parts = (thing.count, thing.mean, thing.m2) if isinstance(thing, fastbn.Moments) else (thing.x, thing._state)
-        return tuple(fingerprint(part) for part in parts)
+        if isinstance(thing, fastbn.Moments):
+            return tuple(fingerprint(part) for part in (thing.count, thing.mean, thing.m2))
+        return tuple(fingerprint(part) for part in (thing.x, thing._state, thing._bits, thing._weights))
     if isinstance(thing, (fastbn.BatchNorm, SimpleNamespace)):
         return fingerprint(vars(thing))
     if isinstance(thing, dict):
@@ -692,16 +778,16 @@ def test_the_good_arguments_are_good(call):
 
 
 KEYWORDS = {
-    "batch_norm": ("epsilon", "weight", "training", "momentum", "data_format"),
-    "batch_norm_train": ("mean", "running_mean", "momentum"),
-    "batch_norm_backward": ("x", "gamma", "axis", "eps"),
-    "Saved.fixed": ("out", "x_hat"),
-    "moments": ("eps", "out", "keepdims"),
+    "batch_norm": ("epsilon", "weight", "training", "momentum", "data_format", "where", "z"),
+    "batch_norm_train": ("mean", "running_mean", "momentum", "mask", "act"),
+    "batch_norm_backward": ("x", "gamma", "axis", "eps", "residual", "where", "activation"),
+    "Saved.fixed": ("out", "x_hat", "where"),
+    "moments": ("eps", "out", "keepdims", "weights", "residual"),
     "update_running": ("decay", "axis"),
     "Moments": ("var", "dtype"),
-    "BatchNorm": ("num_features", "affine", "epsilon", "axis_name"),
-    "training": ("training", "y"),
-    "backward": ("x",),
+    "BatchNorm": ("num_features", "affine", "epsilon", "axis_name", "residual", "where"),
+    "training": ("training", "y", "mask", "activation"),
+    "backward": ("x", "where"),
     "fold_conv": ("data_format", "transpose", "axis"),
     "fold_linear": ("groups", "transposed"),
     "warmup": ("dtype", "verbose"),

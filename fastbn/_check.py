@@ -283,7 +283,8 @@ def out(
         if name in same and _identical(value, a):
             in_place = in_place or name
         elif _overlap(value, a):
-            raise ValueError(f"{fn}: out shares memory with {name} without being the same array; expected no overlap")
+            but = " without being the same array" if name in same else ""
+            raise ValueError(f"{fn}: out shares memory with {name}{but}; expected no overlap")
     return in_place
 
 

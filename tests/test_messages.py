@@ -1,5 +1,6 @@
 """Every error message, word for word: function, argument, what it was, what was expected."""
 
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -22,8 +23,8 @@ def x():
     return np.ones((4, 3, 5), "float32")
 
 
-def saved(**options):
-    return batch_norm_train(np.arange(60.0, dtype="float32").reshape(4, 3, 5), **options)[1]
+def saved(x=None, **options):
+    return batch_norm_train(np.arange(60.0, dtype="float32").reshape(4, 3, 5) if x is None else x, **options)[1]
 
 
 def read_only(a):
@@ -46,7 +47,7 @@ def state(**changes):
 
 A, M = x(), moments(np.arange(12.0).reshape(4, 3))
 K = np.ones((3, 1, 2, 2), "float32")
-NUMBERS = "expected float32, float64, an integer dtype or bool"
+NUMBERS = "expected float16, bfloat16, float32, float64, an integer dtype or bool"
 COUNTED = {"running_count": 3, "running_m2": np.ones(3)}
 
 MESSAGES = [
@@ -54,7 +55,8 @@ MESSAGES = [
     (lambda: moments(np.ma.ones(3)),
      "moments: x is a masked array, whose mask would be ignored; expected a plain array"),
     (lambda: moments([[1j]]), f"moments: x has dtype complex128, {NUMBERS}"),
-    (lambda: moments(np.ones(3, "float16"), axis=0), f"moments: x has dtype float16, {NUMBERS}"),
+    (lambda: moments(np.ones(3, ml_dtypes.float8_e4m3fn), axis=0), f"moments: x has dtype float8_e4m3fn, {NUMBERS}"),
+    (lambda: moments(np.ones(3, "V2"), axis=0), f"moments: x has dtype |V2, {NUMBERS}"),
     (lambda: batch_norm_train(x(), "a"), f"batch_norm_train: gamma has dtype <U1, {NUMBERS}"),
     (lambda: batch_norm_train(x(), 1, "a"), f"batch_norm_train: beta has dtype <U1, {NUMBERS}"),
     (lambda: batch_norm(x(), "a", 1), f"batch_norm: mean has dtype <U1, {NUMBERS}"),
@@ -123,20 +125,59 @@ MESSAGES = [
     (lambda: batch_norm_train(A, out=A[::-1]),
      "batch_norm_train: out shares memory with x without being the same array; expected no overlap"),
     (lambda: batch_norm_train(x(), A[0, :, 0], out=A),
-     "batch_norm_train: out shares memory with gamma without being the same array; expected no overlap"),
+     "batch_norm_train: out shares memory with gamma; expected no overlap"),
     (lambda: batch_norm_train(x(), 1, A[0, :, 0], out=A),
-     "batch_norm_train: out shares memory with beta without being the same array; expected no overlap"),
+     "batch_norm_train: out shares memory with beta; expected no overlap"),
     (lambda: batch_norm(x(), A[0, :, 0], 1, out=A),
-     "batch_norm: out shares memory with mean without being the same array; expected no overlap"),
+     "batch_norm: out shares memory with mean; expected no overlap"),
     (lambda: batch_norm(x(), 0, A[0, :, 0], out=A),
-     "batch_norm: out shares memory with var without being the same array; expected no overlap"),
+     "batch_norm: out shares memory with var; expected no overlap"),
     (lambda: batch_norm_backward(A, saved(), out=A[::-1]),
      "batch_norm_backward: out shares memory with dy without being the same array; expected no overlap"),
+    (lambda: batch_norm_backward(x(), saved(x=A), out=A),
+     "batch_norm_backward: out shares memory with x; expected no overlap"),
+    (lambda: batch_norm_train(x(), out=x().astype("float16")),
+     "batch_norm_train: out has dtype float16, expected float32"),
+    (lambda: batch_norm(x().astype("bfloat16"), 0, 1, out=x()), "batch_norm: out has dtype float32, expected bfloat16"),
+    (lambda: batch_norm(x().astype("uint8"), 0, 1, out=x().astype("int32")),
+     "batch_norm: out has dtype int32, expected float32"),
+    (lambda: batch_norm_backward(x(), saved(x=x().astype("float16")), out=x()),
+     "batch_norm_backward: out has dtype float32, expected float16"),
+    # residual, activation, weights
+    (lambda: batch_norm_train(x(), residual=1j), f"batch_norm_train: residual has dtype complex128, {NUMBERS}"),
+    (lambda: batch_norm(x(), 0, 1, residual=x().astype("uint8")),
+     "batch_norm: residual has dtype uint8, expected one of float16, bfloat16, float32, float64"),
+    (lambda: Saved.fixed(x(), 0, 1, residual=np.ones(5)),
+     "Saved.fixed: residual has shape (5,), expected (4, 3, 5), the shape of x"),
+    (lambda: batch_norm(x(), 0, 1, activation="gelu"), "batch_norm: activation is 'gelu', expected None or 'relu'"),
+    (lambda: layer(activation=True), "BatchNorm: activation is True, expected None or 'relu'"),
+    (lambda: batch_norm_train(x(), activation=np.maximum),
+     "batch_norm_train: activation is of type ufunc, expected None or 'relu'"),
+    (lambda: moments(x(), where="all"), f"moments: where has dtype <U3, {NUMBERS}"),
+    (lambda: batch_norm_train(x(), where=np.ones((4, 3))),
+     "batch_norm_train: where has shape (4, 3), expected one that broadcasts to that of x, (4, 3, 5)"),
+    (lambda: moments(x(), where=np.ones((1, 4, 3, 5))),
+     "moments: where has shape (1, 4, 3, 5), expected one that broadcasts to that of x, (4, 3, 5)"),
+    (lambda: layer()(x(), where=[[1], [0], [-2]]), "batch_norm_train: where is -2.0 at (2, 0), expected finite weights "
+     "of at least 0"),
+    (lambda: layer().eval()(x(), where=-2), "BatchNorm: where is -2.0, expected finite weights of at least 0"),
+    (lambda: moments(x(), where=np.array([0, 1, 0, np.inf, np.nan], "float16")),
+     "moments: where is inf at (3,), expected finite weights of at least 0"),
+    (lambda: batch_norm_train(A, out=A, activation="relu"),
+     "batch_norm_train: out is x, which with activation='relu' cannot be recovered from y; expected another array"),
+    (lambda: batch_norm_train(A, out=A, residual=x()),
+     "batch_norm_train: out is x, which with a residual cannot be recovered from y; expected another array"),
+    (lambda: batch_norm(x(), 0, 1, residual=A, out=A[::-1]),
+     "batch_norm: out shares memory with residual without being the same array; expected no overlap"),
+    (lambda: batch_norm_train(x(), where=A, out=A),
+     "batch_norm_train: out shares memory with where; expected no overlap"),
+    (lambda: batch_norm_backward(x(), saved(where=A), out=A[::-1]),
+     "batch_norm_backward: out shares memory with where; expected no overlap"),
     # gradients
     (lambda: batch_norm_backward(x(), None),
      "batch_norm_backward: saved is of type NoneType, expected the Saved that batch_norm_train returned"),
     (lambda: batch_norm_backward(np.ones((4, 3, 5), "int8"), saved()),
-     "batch_norm_backward: dy has dtype int8, expected float32 or float64"),
+     "batch_norm_backward: dy has dtype int8, expected one of float16, bfloat16, float32, float64"),
     (lambda: batch_norm_backward(np.ones((4, 3)), saved()),
      "batch_norm_backward: dy has shape (4, 3), expected (4, 3, 5), the shape of x"),
     (lambda: batch_norm_backward(1j, saved()), f"batch_norm_backward: dy has dtype complex128, {NUMBERS}"),

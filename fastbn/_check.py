@@ -367,14 +367,19 @@ def weights(fn: str, value: Any, shape: tuple[int, ...]) -> Array:
         raise ValueError(f"{fn}: where has shape {w.shape}, expected one that broadcasts to that of x, {shape}")
     if w.dtype.kind == "b":
         return w
-    if w.dtype not in (FLOAT32, FLOAT64):
-        w = w.astype(np.float64)
-    bad = ~(w >= 0) | (w == np.inf)
+    with np.errstate(all="ignore"):  # whatever the caller's: NaN is refused, not warned of
+        if w.dtype not in (FLOAT32, FLOAT64):
+            w = w.astype(np.float64)
+        bad = ~((w >= 0) & (w < np.inf))
     if bad.any():
-        where = np.unravel_index(int(np.argmax(bad)), w.shape)
-        at = f" at {tuple(int(i) for i in where)}" if w.ndim else ""
-        raise ValueError(f"{fn}: where is {w[where]}{at}, expected finite weights of at least 0")
+        raise ValueError(f"{fn}: where is {_first(w, bad)}, expected finite weights of at least 0")
     return w
+
+
+def total_weights(fn: str, totals: Array) -> None:
+    """The sum of the weights of each channel: what is divided by it would be 0 or NaN if it were infinite."""
+    if not (totals < np.inf).all():
+        raise ValueError(f"{fn}: where sums to inf in a channel, expected weights whose sum is finite")
 
 
 def invertible(fn: str, relu: bool, z: Array | None) -> None:

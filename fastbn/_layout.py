@@ -171,7 +171,8 @@ def weights_of(w: Array, shape: Shape, axes: Shape, lay: Layout) -> Weights:
     rest = [a for a in range(len(shape)) if a not in kept]  # of length 1 now
     view = np.require(wide.transpose(kept + rest), requirements=["C", "A"]).reshape(sides)
     times = lay.per_channel / max(sides[0] * sides[2], 1)  # of an empty array 0
-    totals = np.broadcast_to(_totals(view) * times, lay.channels).copy()
+    with np.errstate(all="ignore"):  # whether the sum is finite is checked
+        totals = np.broadcast_to(_totals(view) * times, lay.channels).copy()
     step = [sides[1] * sides[2] * varies[0], sides[2] * varies[1], int(varies[2])]
     flat = _writable(view.reshape(-1))
     return Weights(flat.view(np.uint8) if flat.dtype.kind == "b" else flat, np.array(step, np.int64), totals)

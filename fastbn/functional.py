@@ -175,6 +175,8 @@ def batch_norm_train(
         if overwritten == "x":
             _check.invertible(fn, relu, z)
     weights = None if w is None else weights_of(w, x.shape, axes, lay)
+    if weights is not None:
+        _check.total_weights(fn, weights.totals)
     bits = np.empty(lay.whole.words, np.uint16) if relu else None
     count = float(lay.per_channel) if weights is None else weights.totals
     target = Target(x, dtype, lay, out)

@@ -189,6 +189,8 @@ def moments(x: npt.ArrayLike, *, axis: int | tuple[int, ...] = 1, where: npt.Arr
     axes = _check.axes(fn, axis, x.shape)
     lay = layout_of(x, axes)
     w = None if where is None else weights_of(_check.weights(fn, where, x.shape), x.shape, axes, lay)
+    if w is not None:
+        _check.total_weights(fn, w.totals)
     stats = np.zeros((2, lay.channels))
     count = float(lay.per_channel) if w is None else w.totals
     if lay.size:

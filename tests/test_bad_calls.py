@@ -329,6 +329,7 @@ MASKS = [
     ("negative int", V, np.array([1, 0, 1, 1, -1], "i1")),
     ("negative scalar", V, -0.5),
     ("NaN", V, float("nan")),
+    ("bfloat16's signalling NaN", V, np.array([0x7F81, 0, 0, 0, 0], "uint16").view("bfloat16")),
     ("negative in a list", V, [1, 1, 1, 1, -1]),
     ("empty list", V, []),
 ]

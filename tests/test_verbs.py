@@ -164,6 +164,29 @@ def test_an_empty_batch_gives_an_empty_result(shape):
     assert fastbn.batch_norm(x, zeros, zeros + 1, axis=axis).shape == shape
 
 
+@pytest.mark.parametrize("of", ["all", "the last axis", "nothing"])
+@pytest.mark.parametrize("dtype", ["bool", "float32"])
+@pytest.mark.parametrize("shape", [(0, 3, 4), (2, 3, 0), (0,), (0, 3), (4, 0, 5)])
+def test_an_empty_batch_with_all_parts(shape, dtype, of):
+    """Also where the weights are empty themselves."""
+    axis = 1 if len(shape) > 1 else ()
+    x = np.zeros(shape, "float16")
+    where = np.ones({"all": shape, "the last axis": shape[-1:], "nothing": ()}[of], dtype)
+    y, saved = fastbn.batch_norm_train(x, axis=axis, residual=x, activation="relu", where=where)
+    assert (y.shape, y.dtype) == (shape, x.dtype)
+    dx, dgamma, dbeta, dresidual = fastbn.batch_norm_backward(y, saved)
+    assert (dx.shape, dresidual.shape) == (shape, shape)
+    m = fastbn.moments(x, axis=axis, where=where)
+    for a in (dgamma, dbeta, m.count, m.mean, m.m2, saved.count):
+        np.testing.assert_array_equal(a, np.zeros(saved.mean.shape))
+    if 0 in saved.mean.shape:  # a layer has some channels
+        return
+    bn = fastbn.BatchNorm(saved.mean.shape, axis=axis if axis == () else (axis,), activation="relu")
+    assert bn(x, residual=x, where=where).shape == bn.backward(x).shape == bn.dresidual.shape == shape
+    assert bn.num_batches_tracked == 0
+    assert bn.running_var.all()
+
+
 def test_no_channels():
     x = np.zeros((4, 0, 5), "float32")
     y, saved = fastbn.batch_norm_train(x, np.zeros(0), np.zeros(0))

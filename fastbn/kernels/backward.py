@@ -69,8 +69,9 @@ FROZEN = 3  # sums and dx of a tile at once: dx does not wait for the sums
 def products(dy, x, i, n, centre, relu, word, w, j):
     """g and x - centre of a piece."""
     weight = load64(w, j, n)
-    g = guarded(passed(load64(dy, i, n), relu, word), weight)
-    return g, guarded(only(minus(load64(x, i, n), centre), n), weight)  # 0 * inf, of a given mean, would be NaN
+    g = passed(load64(dy, i, n), relu, word)
+    d = only(minus(load64(x, i, n), centre), n)  # 0 * inf, of a given mean, would be NaN
+    return guarded(g, d, weight), guarded(d, g, weight)
 
 
 @elementwise
@@ -93,7 +94,7 @@ def gradient(dy, x, dx, i, n, scale, weight, slope, centre, shift, dz, relu, wor
 
 
 @elementwise
-def run_products(dy, x, low, high, centre, relu, word, w, j):
+def run_products(dy, x, low, high, centre, relu, word, w):
     """sum(g) and sum(g * (x - centre)) from `low` to `high`, of no more than TERMS pieces."""
     sss, qqq = zeros(), zeros()
     whole = high - (high - low) % LANES
@@ -102,11 +103,11 @@ def run_products(dy, x, low, high, centre, relu, word, w, j):
         for i in range(piece, min(piece + PIECE, whole), LANES):
             prefetch(x, i + AHEAD)
             prefetch(dy, i + AHEAD)
-            g, d = products(dy, x, i, LANES, centre, relu, word + (i - low) // LANES, w, j + (i - low))
+            g, d = products(dy, x, i, LANES, centre, relu, word + (i - low) // LANES, w, i - low)
             ss, qq = plus(ss, g), muladd(g, d, qq)
         sss, qqq = plus(sss, ss), plus(qqq, qq)
     if whole < high:
-        g, d = products(dy, x, whole, high - whole, centre, relu, word + (whole - low) // LANES, w, j + (whole - low))
+        g, d = products(dy, x, whole, high - whole, centre, relu, word + (whole - low) // LANES, w, whole - low)
         sss, qqq = plus(sss, g), muladd(g, d, qqq)
     return total(sss), total(qqq)
 
@@ -209,34 +210,33 @@ def sum_group(
                 ss, qq = load64(lanes, 2 * c * LANES, LANES), load64(lanes, (2 * c + 1) * LANES, LANES)
                 high = min(low + PIECE, start + inner)
                 whole = high - (high - low) % LANES
-                ws, o = run_weights(w, step, n, j // inner + c, low - start, high - low, w_room)
-                now, p = ws, o
+                run_weights(w, step, n, j // inner + c, low - start, high - low, w_room)
                 if write and w is not None:
-                    now, p = run_weights(w, step, n, i // inner + c, low - start, high - low, w_room[PIECE:])
+                    run_weights(w, step, n, i // inner + c, low - start, high - low, w_room[PIECE:])
                 bits = c * words + (low - start) // LANES
                 for k in range(low, whole, LANES):
                     far = ahead(k, row, down)
                     prefetch(x, b + far)
                     prefetch(dy, b + far)
                     at = bits + (k - low) // LANES
-                    g, d = products(dy, x, b + k, LANES, ahead_centre, relu, word_b + at, ws, o + (k - low))
+                    g, d = products(dy, x, b + k, LANES, ahead_centre, relu, word_b + at, w_room, k - low)
                     ss, qq = plus(ss, g), muladd(g, d, qq)
                     if write:
                         prefetch(dx, a + far)
                         prefetch(dz, a + far)
                         gradient(
                             dy, x, dx, a + k, LANES, scale, weight, slope, centre, shift,
-                            dz, relu, word_a + at, now, p + (k - low),
+                            dz, relu, word_a + at, w_room, PIECE + (k - low),
                         )  # fmt: skip
                 if whole < high:
                     rest = high - whole
                     at = bits + (whole - low) // LANES
-                    g, d = products(dy, x, b + whole, rest, ahead_centre, relu, word_b + at, ws, o + (whole - low))
+                    g, d = products(dy, x, b + whole, rest, ahead_centre, relu, word_b + at, w_room, whole - low)
                     ss, qq = plus(ss, g), muladd(g, d, qq)
                     if write:
                         gradient(
                             dy, x, dx, a + whole, rest, scale, weight, slope, centre, shift,
-                            dz, relu, word_a + at, now, p + (whole - low),
+                            dz, relu, word_a + at, w_room, PIECE + (whole - low),
                         )  # fmt: skip
                 if drained:
                     add_exactly(sums, c, 2 * group, total(ss))
@@ -253,7 +253,7 @@ def sum_group(
 
 
 @elementwise
-def dx_run(dy, x, dx, low, high, scale, weight, slope, centre, shift, dz, relu, word, w, j):
+def dx_run(dy, x, dx, low, high, scale, weight, slope, centre, shift, dz, relu, word, w):
     """`gradient` from `low` to `high`."""
     whole = high - (high - low) % LANES
     for i in range(low, whole, LANES):
@@ -261,10 +261,10 @@ def dx_run(dy, x, dx, low, high, scale, weight, slope, centre, shift, dz, relu, 
         prefetch(dy, i + AHEAD)
         prefetch(dx, i + AHEAD)
         prefetch(dz, i + AHEAD)
-        at, own = word + (i - low) // LANES, j + (i - low)
+        at, own = word + (i - low) // LANES, i - low
         gradient(dy, x, dx, i, LANES, scale, weight, slope, centre, shift, dz, relu, at, w, own)
     if whole < high:
-        at, own, rest = word + (whole - low) // LANES, j + (whole - low), high - whole
+        at, own, rest = word + (whole - low) // LANES, whole - low, high - whole
         gradient(dy, x, dx, whole, rest, scale, weight, slope, centre, shift, dz, relu, at, w, own)
 
 
@@ -417,18 +417,18 @@ def segments_tile(phase, t, dy, x, dx, part, point, k, grid, dz, relu, w, step, 
         low = run * inner + start
         high = min(low + SEGMENT, (run + 1) * inner)
         word = run * -(-inner // LANES) + start // LANES
-        weights, j = run_weights(w, step, n, c, start, high - low, w_room)
+        run_weights(w, step, n, c, start, high - low, w_room)
         scale, weight, slope = k[c], k[channels + c], k[2 * channels + c]
         centre, shift = k[3 * channels + c], k[4 * channels + c]
         if phase != WRITE:
-            s, q = run_products(dy, x, low, high, point[c], relu, word, weights, j)
+            s, q = run_products(dy, x, low, high, point[c], relu, word, w_room)
             own = 2 * (n * per_run + piece) * channels + c
             part[own] = s
             part[own + channels] = q
         if phase == FROZEN:
-            dx_run(dy, None, dx, low, high, scale, weight, slope, centre, shift, dz, relu, word, weights, j)
+            dx_run(dy, None, dx, low, high, scale, weight, slope, centre, shift, dz, relu, word, w_room)
         elif phase == WRITE:
-            dx_run(dy, x, dx, low, high, scale, weight, slope, centre, shift, dz, relu, word, weights, j)
+            dx_run(dy, x, dx, low, high, scale, weight, slope, centre, shift, dz, relu, word, w_room)
 
 
 @kernel

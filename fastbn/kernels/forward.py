@@ -64,7 +64,7 @@ def run_pivot(x, c, outer, channels, inner, w, step):
     i = c * inner
     first = element(x, i)
     size = min(PIVOT_RUN, inner)
-    s, _ = run_sums(x, i, i + size, first, None, ZERO)
+    s, _ = run_sums(x, i, i + size, first, None)
     return first + s / size
 
 
@@ -126,8 +126,8 @@ def segments_tile(phase, t, x, y, part, pivot, k, grid, z, relu, w, step, w_room
         low = run * inner + start
         high = min(low + SEGMENT, (run + 1) * inner)
         if phase == SUMS:
-            weights, j = run_weights(w, step, n, c, start, high - low, w_room)
-            s, q = run_sums(x, low, high, pivot[c], weights, j)
+            run_weights(w, step, n, c, start, high - low, w_room)
+            s, q = run_sums(x, low, high, pivot[c], w_room)
             own = 2 * (n * per_run + piece) * channels + c
             part[own] = s
             part[own + channels] = q

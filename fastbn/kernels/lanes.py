@@ -420,17 +420,18 @@ def _inside(context, value, weight):
 
 
 @intrinsic
-def _guarded(context, value, weight):
+def _guarded(context, value, other, weight):
     if _absent(weight):
-        return _unchanged(value, value, weight)
+        return _unchanged(value, value, other, weight)
 
     def codegen(context, builder, signature, arguments):
-        lanes, w = arguments
-        finite = builder.fcmp_ordered("==", builder.fsub(lanes, lanes), _zero(lanes))  # inf - inf is NaN
+        a, b, w = arguments
+        nothing = builder.fadd(builder.fsub(a, a), builder.fsub(b, b))  # inf - inf is NaN
+        finite = builder.fcmp_ordered("==", nothing, _zero(a))
         counts = builder.or_(finite, builder.fcmp_unordered("!=", w, _zero(w)))
-        return builder.select(counts, lanes, _zero(lanes))
+        return builder.select(counts, a, _zero(a))
 
-    return value(value, weight), codegen
+    return value(value, other, weight), codegen
 
 
 def _bits(context, builder, array_type, array, index):
@@ -585,7 +586,7 @@ else:
     total = _total
     #: inside(value, weight): 0 where the weight is 0, even if the value is NaN.
     inside = _inside
-    #: guarded(value, weight): 0 where the weight is 0 and the value not finite.
+    #: guarded(value, other, weight): 0 where the weight is 0 and the one or the other is not finite.
     guarded = _guarded
     #: rectified(value, relu, word, y): ReLU, unless relu is None; NaN stays NaN. Where relu is an array of words, its
     #: element `word` receives a bit for each lane: whether it is above 0 in y's dtype.

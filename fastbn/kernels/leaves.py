@@ -99,16 +99,19 @@ def add_row(x, a, n, pivot, w, j, sums, s, q):
 
 @elementwise
 def run_weights(w, step, n, c, k, number, room):
-    """Where the weights of `number` elements of a run lie, from its k-th on: in w, or if they are all one, in room.
+    """Set `room` to the weights of `number` elements of a run, from its k-th on.
 
-    The weight of sample n, channel c and element k is w[n * step[0] + c * step[1] + k * step[2]].
+    The weight of sample n, channel c and element k is w[n * step[0] + c * step[1] + k * step[2]]. They are copied even
+    where they lie side by side: a leaf that hands out one of two arrays would have to count its references.
     """
-    at, one = 0, True
     if w is not None:
-        at, one = n * step[0] + c * step[1] + k * step[2], step[2] == 0
-        for m in range(number if one else 0):
-            room[m] = w[at]
-    return (room if one else w), (0 if one else at)
+        at = n * step[0] + c * step[1] + k * step[2]
+        if step[2] == 0:
+            for m in range(number):
+                room[m] = w[at]
+        else:
+            for m in range(number):
+                room[m] = w[at + m]
 
 
 @elementwise
@@ -168,19 +171,19 @@ def weighted_pivot(x, w, step, c, outer, channels, inner, most):
 
 
 @elementwise
-def run_sums(x, low, high, pivot, w, j):
-    """s and q of x[low:high], of no more than TERMS pieces; its weights start at w[j]."""
+def run_sums(x, low, high, pivot, w):
+    """s and q of x[low:high], of no more than TERMS pieces, whose weights are w."""
     sss, qqq = zeros(), zeros()
     whole = high - (high - low) % LANES
     for piece in range(low, whole, PIECE):
         ss, qq = zeros(), zeros()
         for i in range(piece, min(piece + PIECE, whole), LANES):
             prefetch(x, i + AHEAD)
-            d, e = terms(x, i, LANES, pivot, w, j + (i - low))
+            d, e = terms(x, i, LANES, pivot, w, i - low)
             ss, qq = plus(ss, e), muladd(e, d, qq)
         sss, qqq = plus(sss, ss), plus(qqq, qq)
     if whole < high:
-        d, e = terms(x, whole, high - whole, pivot, w, j + (whole - low))
+        d, e = terms(x, whole, high - whole, pivot, w, whole - low)
         sss, qqq = plus(sss, e), muladd(e, d, qqq)
     return total(sss), total(qqq)
 
@@ -388,7 +391,7 @@ def sum_group(x, y, i, j, outer, stride, inner, up, write, k3, z, relu, pivot, g
                 ss, qq = load64(lanes, 2 * c * LANES, LANES), load64(lanes, (2 * c + 1) * LANES, LANES)
                 high = min(low + PIECE, start + inner)
                 whole = high - (high - low) % LANES
-                weights, o = run_weights(w, step, n, j // inner + c, low - start, high - low, w_room)
+                run_weights(w, step, n, j // inner + c, low - start, high - low, w_room)
                 for k in range(low, whole, LANES):
                     far = ahead(k, row, down)
                     prefetch(x, b + far)
@@ -397,14 +400,14 @@ def sum_group(x, y, i, j, outer, stride, inner, up, write, k3, z, relu, pivot, g
                         prefetch(z, a + far)
                         at = word + c * words + (k - start) // LANES
                         normalize(x, a + k, None, y, a + k, LANES, centre, scale, shift, z, relu, at)
-                    d, e = terms(x, b + k, LANES, p, weights, o + (k - low))
+                    d, e = terms(x, b + k, LANES, p, w_room, k - low)
                     ss, qq = plus(ss, e), muladd(e, d, qq)
                 if whole < high:
                     rest = high - whole
                     if write:
                         at = word + c * words + (whole - start) // LANES
                         normalize(x, a + whole, None, y, a + whole, rest, centre, scale, shift, z, relu, at)
-                    d, e = terms(x, b + whole, rest, p, weights, o + (whole - low))
+                    d, e = terms(x, b + whole, rest, p, w_room, whole - low)
                     ss, qq = plus(ss, e), muladd(e, d, qq)
                 if drained:
                     add_exactly(sums, c, 2 * group, total(ss))

@@ -139,9 +139,11 @@ def inside(value, weight):
     return value if weight is None else np.where(weight != 0, value, 0)
 
 
-def guarded(value, weight):
-    """0 where the weight is 0 and the value not finite."""
-    return value if weight is None else np.where((weight != 0) | np.isfinite(value), value, 0)
+def guarded(value, other, weight):
+    """0 where the weight is 0 and the one or the other is not finite."""
+    if weight is None:
+        return value
+    return np.where((weight != 0) | (np.isfinite(value) & np.isfinite(other)), value, 0)
 
 
 def rectified(value, relu, word, y):

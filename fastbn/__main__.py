@@ -12,7 +12,7 @@ import numpy as np
 
 from . import __version__, _measure, _peers, _plot, get_num_threads, set_num_threads, warmup
 from ._config import config
-from ._measure import BATCH, OPERATIONS, RESNET50, YARDSTICKS, Layer, Operation, ratio, table_sum
+from ._measure import BATCH, OPERATIONS, RESNET50, YARDSTICKS, Layer, Operation, measured, ratio, table_sum
 from ._peers import Peer
 
 #: Larger errors than this, in units of the largest value of the result, are a bug: four roundings of float32.
@@ -28,6 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, help="use at most this many threads (default: all that may be used)")
     parser.add_argument("--rounds", type=int, default=7, help="rounds of which the fastest counts (default: 7)")
     parser.add_argument("--no-peers", action="store_true", help="fastbn and the yardsticks alone")
+    parser.add_argument("--no-parts", action="store_true", help="without residual, ReLU, half precision, masks, images")
     parser.add_argument("--plot", metavar="FILE", type=Path, help="draw every layer against the peers: .png or .svg")
     parser.add_argument("--markdown", action="store_true", help="print the tables as Markdown")
     commands = parser.add_subparsers(dest="command", metavar="command")
@@ -57,9 +58,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _table(options: argparse.Namespace) -> int:
     start = time.perf_counter()
     peers = [] if options.no_peers else _peers.present(get_num_threads())
-    _progress("compiling (the first time on a machine takes half a minute at most)")
+    _progress("compiling (the first time on a machine takes a minute at most)")
+    images = [] if options.no_parts else [_measure.measure_images(options.rounds)]
     layers: list[Layer] = []
-    measuring = _measure.measure(RESNET50, options.rounds, peers)
+    measuring = _measure.measure(RESNET50, options.rounds, peers, parts=not options.no_parts)
     for channels, side, _ in RESNET50:
         _progress(f"layer {len(layers) + 1} of {len(RESNET50)}: ({BATCH}, {channels}, {side}, {side})")
         layers.append(next(measuring))
@@ -68,8 +70,13 @@ def _table(options: argparse.Namespace) -> int:
     print(f"fastbn {__version__}: ResNet-50's 53 batch-norm layers, batch {BATCH}, float32, out= given")
     print(_environment(peers))
     print()
-    show(*_summary(layers, peers))
+    show(*_rows(layers, OPERATIONS, peers, fresh=True))
     print()
+    if not options.no_parts:
+        print("What can be asked for besides, into given arrays:")
+        print()
+        show(*_rows([*layers, *images], (*_measure.PARTS, *_measure.OF_IMAGES), peers))
+        print()
     print("Every operation per layer, in units of copy:")
     print()
     show(*_per_layer(layers))
@@ -79,13 +86,20 @@ def _table(options: argparse.Namespace) -> int:
     print(f"ratio = time / limit. limit: what memory allows (in units of copy: {sums}).")
     print("fresh: the ratio without out=; outputs then lie in recycled memory that starts on a cache line.")
     print("copy: y = x*1 + 0.5, in parallel. error: of 8 channels a layer against float64, over the largest value.")
+    if not options.no_parts:
+        goal = f"{_measure.PAIR_GOAL:g} times PyTorch's three operations and autograd"
+        print(f"pair: a forward and its backward; goal: {goal}.")
+        large = f"{_measure.LARGE / 1e6:.0f} MB"
+        print(f"float16, bfloat16: in layers of {large} and more in float32; error: what is above one rounding.")
+        print("mask: booleans, one in four False.")
+        print(f"uint8: NHWC images {_measure.IMAGES}, to float32 in the layout named; limit: a copy of as many floats.")
     if peers:
         given, fresh = (", ".join(p.name for p in peers if p.fresh == f) or "none" for f in (False, True))
         print(
             "times a peer: its time over fastbn's with out=, the threads allowed are the same; -: it has no such call."
         )
         print(f"Into given arrays: {given}. With fresh outputs, as their users get them: {fresh}.")
-    worst = np.max([list(layer.errors.values()) for layer in layers])  # NaN if one is
+    worst = np.max([e for layer in (*layers, *images) for e in layer.errors.values()])  # NaN if one is
     right = worst <= TOLERANCE
     print(
         f"results {'right' if right else 'WRONG'}: largest error {worst:.1e}; took {time.perf_counter() - start:.0f} s"
@@ -95,22 +109,30 @@ def _table(options: argparse.Namespace) -> int:
     return 0 if right else 1
 
 
-def _summary(layers: list[Layer], peers: list[Peer]) -> tuple[list[str], list[list[str]]]:
+def _rows(
+    layers: list[Layer], operations: Sequence[Operation], peers: list[Peer], fresh: bool = False
+) -> tuple[list[str], list[list[str]]]:
+    """The head and the rows of a table: the operations that were measured, the peers that have any of them."""
+    operations = [op for op in operations if measured(layers, op)]
+    keys = {name for layer in layers for name in layer.seconds}
+    peers = [p for p in peers if fresh or any(f"{p.name} {op.key}" in keys for op in operations)]
     against = [f"times {p.name}" for p in peers]
-    head = ["operation", "layout", "ms", "GB/s", "limit", "ratio", "goal", "fresh", *against, "error"]
-    return head, [_summary_row(layers, op, peers) for op in OPERATIONS]
+    figures = ["ms", "GB/s", "limit", "ratio", "goal", *(["fresh"] if fresh else [])]
+    head = ["operation", "layout", *figures, *against, "error"]
+    return head, [_row(measured(layers, op), op, peers, fresh) for op in operations]
 
 
-def _summary_row(layers: list[Layer], op: Operation, peers: list[Peer]) -> list[str]:
+def _row(layers: list[Layer], op: Operation, peers: list[Peer], fresh: bool) -> list[str]:
     seconds = table_sum(layers, f"fastbn {op.key}")
-    moved = sum(layer.times * layer.elements * op.tensors * 4 for layer in layers)
+    moved = sum(layer.times * layer.elements * op.moved for layer in layers)
     names = [f"{p.name} {op.key}" for p in peers]
     against = [f"{table_sum(layers, n) / seconds:.1f}" if n in layers[0].seconds else "-" for n in names]
     error = np.max([layer.errors[op.key] for layer in layers])
+    without_out = [f"{ratio(layers, op, 'fastbn fresh'):.2f}"] if fresh else []
+    limit = " + ".join(name.removeprefix("fastbn ").removesuffix(f" {op.layout}") for name in op.limit)
     return [
-        op.name, op.layout, f"{seconds * 1e3:.1f}", f"{moved / seconds / 1e9:.1f}", " + ".join(op.limit),
-        f"{ratio(layers, op):.2f}", f"{op.goal:.2f}", f"{ratio(layers, op, 'fastbn fresh'):.2f}", *against,
-        f"{error:.0e}",
+        op.title, op.layout, f"{seconds * 1e3:.1f}", f"{moved / seconds / 1e9:.1f}", limit, f"{ratio(layers, op):.2f}",
+        "-" if op.goal is None else f"{op.goal:.2f}", *without_out, *against, f"{error:.0e}",
     ]  # fmt: skip
 
 

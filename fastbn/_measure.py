@@ -1,13 +1,14 @@
-"""How fast, how accurate: the ResNet-50 table that `python -m fastbn` prints.
+"""How fast, how accurate: the ResNet-50 tables that `python -m fastbn` prints.
 
 Every figure is a ratio from one process. The yardsticks and fastbn's operations on a layer run in turn, round after
 round, and the minimum of each counts; then each peer's do, by themselves: every library has threads of its own, and
 those that wait for more work would slow another. Arrays are touched before, and lie where NumPy puts them.
 """
 
+import contextlib
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -15,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from . import kernels
-from ._peers import EPS, Peer, Problem
+from ._peers import EPS, RELU, Peer, Problem
 from ._threads import run
 from .functional import batch_norm, batch_norm_backward, batch_norm_train
 from .moments import moments
@@ -32,28 +33,67 @@ RESNET50 = (
 
 @dataclass(frozen=True)
 class Operation:
-    """One row of the table: what is done, in which layout, what memory allows, and the goal in units of that."""
+    """One row of a table: what is done, in which layout, the calls that are its unit, and the goal in units of those.
+
+    `moved` are the bytes read and written for each element of x, every array once; `part` is what the plain operation
+    does not have.
+    """
 
     name: str
     layout: str
     limit: tuple[str, ...]
-    goal: float
-    tensors: int
+    goal: float | None
+    moved: int
+    part: str = ""
+
+    @property
+    def title(self) -> str:
+        """Name and part."""
+        return f"{self.name}, {self.part}" if self.part else self.name
 
     @property
     def key(self) -> str:
-        """Name and layout."""
-        return f"{self.name} {self.layout}"
+        """Name, part and layout."""
+        return f"{self.title} {self.layout}"
 
+
+HALVES = ("float16", "bfloat16")
+MASKS = ("mask per sample", "mask per position")
+#: Half precision is measured where float32 has so many bytes: what fits in the caches gains less.
+LARGE = 25_000_000
+#: Batch, height, width, channels.
+IMAGES = (BATCH, 224, 224, 3)
 
 OPERATIONS = (
-    Operation("train forward", "NCHW", ("copy",), 1.10, 2),
-    Operation("train forward", "NHWC", ("copy", "read"), 1.05, 2),
-    Operation("backward", "NCHW", ("triad",), 1.20, 3),
-    Operation("backward", "NHWC", ("triad", "read2"), 1.05, 3),
-    Operation("inference", "NCHW", ("copy",), 1.05, 2),
-    Operation("inference", "NHWC", ("copy",), 1.05, 2),
+    Operation("train forward", "NCHW", ("copy",), 1.10, 8),
+    Operation("train forward", "NHWC", ("copy", "read"), 1.05, 8),
+    Operation("backward", "NCHW", ("triad",), 1.20, 12),
+    Operation("backward", "NHWC", ("triad", "read2"), 1.05, 12),
+    Operation("inference", "NCHW", ("copy",), 1.05, 8),
+    Operation("inference", "NHWC", ("copy",), 1.05, 8),
 )
+# A backward with a residual writes two gradients: two reads, two writes. A pair is a forward and its backward.
+PARTS = (
+    Operation("train forward", "NCHW", ("triad",), 1.15, 12, RELU),
+    Operation("train forward", "NHWC", ("triad", "read"), None, 12, RELU),
+    Operation("backward", "NCHW", ("copy", "copy"), None, 16, RELU),
+    Operation("backward", "NHWC", ("copy", "copy", "read2"), None, 16, RELU),
+    Operation("pair", "NCHW", ("triad", "copy", "copy"), None, 28, RELU),
+    Operation("pair", "NHWC", ("triad", "read", "copy", "copy", "read2"), None, 28, RELU),
+    *(Operation("train forward", "NCHW", ("fastbn train forward NCHW",), 0.60, 4, half) for half in HALVES),
+    *(
+        Operation("train forward", layout, (f"fastbn train forward {layout}",), 1.30, 8, mask)
+        for mask in MASKS
+        for layout in ("NCHW", "NHWC")
+    ),
+)
+#: Of NHWC images of bytes; the layout is that of y.
+OF_IMAGES = (
+    Operation("inference", "NCHW", ("copy",), None, 5, "uint8"),
+    Operation("inference", "NHWC", ("copy",), None, 5, "uint8"),
+)
+#: How many times faster than PyTorch's three operations and their backward the pair is to be.
+PAIR_GOAL = 3.0
 YARDSTICKS = ("copy", "triad", "read", "read2")
 
 
@@ -74,48 +114,81 @@ class Layer:
 
 
 def measure(
-    layers: Sequence[tuple[int, int, int]] = RESNET50, rounds: int = 7, peers: Sequence[Peer] = ()
+    layers: Sequence[tuple[int, int, int]] = RESNET50, rounds: int = 7, peers: Sequence[Peer] = (), parts: bool = False
 ) -> Iterator[Layer]:
     """Measure and check layer after layer.
 
     ``seconds`` has the yardsticks, "fastbn <operation>" into given arrays, "fastbn fresh <operation>" without `out=`,
-    and "<peer> <operation>" for what each peer can do.
+    and "<peer> <operation>" for what each peer can do. With `parts` PARTS are among the operations, into given arrays.
     """
     most = max(BATCH * c * s**2 for c, s, _ in layers)
     rng = np.random.default_rng(0)
-    x, dy, y, dx = (np.zeros(most, np.float32) for _ in range(4))
-    rng.standard_normal(dtype=np.float32, out=x)
-    rng.standard_normal(dtype=np.float32, out=dy)
+    x, dy, y, dx, *z = (np.zeros(most, np.float32) for _ in range(4 + parts))
+    for a in (x, dy, *z):
+        rng.standard_normal(dtype=np.float32, out=a)
     x *= 2
     x += 3
+    halves = {d.name: x.astype(d) for d in _halves()} if parts and x.nbytes >= LARGE else {}
     for channels, side, times in layers:
         layer = Layer(channels, side, times)
-        arrays = [a[: layer.elements] for a in (x, dy, y, dx)]
-        problems = [problem(layout, channels, side, *arrays) for layout in ("NCHW", "NHWC")]
-        own = dict(_yardsticks(*arrays))
-        for p in problems:
+        n = layer.elements
+        arrays = [a[:n] for a in (x, dy, y, dx, *z)]
+        problems = {layout: problem(layout, channels, side, *arrays) for layout in ("NCHW", "NHWC")}
+        own = dict(_yardsticks(*arrays[:4]))
+        for p in problems.values():
             own.update(_fastbn(p))
-        for op in OPERATIONS:
-            p = problems[op.layout == "NHWC"]
-            result = p.dx if op.name == "backward" else p.y
-            result.fill(np.nan)
-            own[f"fastbn {op.key}"]()
-            layer.errors[op.key] = error(op, p, result)
+            own.update(_parts(p))
+        for half, a in halves.items() if arrays[0].nbytes >= LARGE else ():
+            p = problems[half] = halved(problems["NCHW"], a[:n])
+            own[f"fastbn train forward, {half} NCHW"] = partial(batch_norm_train, p.x, p.gamma, p.beta, out=p.y)
+        for op in (*OPERATIONS, *PARTS):
+            if f"fastbn {op.key}" in own:
+                p = problems.get(op.part, problems[op.layout])
+                layer.errors[op.key] = _checked(op, p, own[f"fastbn {op.key}"])
         layer.seconds = best_of(own, rounds)
         for peer in peers:
-            calls = {f"{peer.name} {name} {p.layout}": call for p in problems for name, call in peer.calls(p)}
+            calls = {
+                f"{peer.name} {name} {layout}": call
+                for layout in ("NCHW", "NHWC")
+                for name, call in peer.calls(problems[layout])
+            }
             # In fastbn's rounds other calls on other arrays come in between; so it must be here.
             layer.seconds |= best_of(calls, max(1, rounds // 2), between=own["triad"])
         yield layer
 
 
+def measure_images(rounds: int = 7) -> Layer:
+    """Measure and check OF_IMAGES, in arrays of their own; the yardsticks' are of float32."""
+    x = np.random.default_rng(0).integers(256, size=IMAGES, dtype=np.uint8)
+    _, _, side, channels = IMAGES
+    layer = Layer(channels, side, 1)
+    y = np.zeros(x.shape, np.float32)
+    outs = {"NHWC": y, "NCHW": np.moveaxis(np.zeros_like(np.moveaxis(y, -1, 1), order="C"), 1, -1)}
+    m = moments(x, axis=-1)
+    gamma, beta = np.ones(channels, np.float32), np.zeros(channels, np.float32)
+    floats = x.astype(np.float32).reshape(-1)
+    own = {"copy": dict(_yardsticks(floats, floats, y.reshape(-1), y.reshape(-1)))["copy"]}
+    for op in OF_IMAGES:
+        p = Problem("NHWC", x, y, outs[op.layout], y, gamma, beta, m.mean, m.var())
+        call = own[f"fastbn {op.key}"] = partial(batch_norm, x, p.mean, p.var, gamma, beta, axis=-1, out=p.y)
+        layer.errors[op.key] = _checked(op, p, call)
+    layer.seconds = best_of(own, rounds)
+    return layer
+
+
 def problem(layout: str, channels: int, side: int, *arrays: Array) -> Problem:
-    """A layer's flat x, dy, y and dx in one layout, with parameters and x's statistics."""
+    """A layer's flat x, dy, y, dx and maybe z in one layout, with parameters and x's statistics."""
     shape = (BATCH, channels, side, side) if layout == "NCHW" else (BATCH, side, side, channels)
-    x, dy, y, dx = (a.reshape(shape) for a in arrays)
+    x, dy, y, dx, *z = (a.reshape(shape) for a in arrays)
     gamma, beta = np.linspace(0.5, 1.5, channels, dtype=np.float32), np.linspace(-1, 1, channels, dtype=np.float32)
     m = moments(x, axis=1 if layout == "NCHW" else -1)
-    return Problem(layout, x, dy, y, dx, gamma, beta, m.mean, m.var())
+    return Problem(layout, x, dy, y, dx, gamma, beta, m.mean, m.var(), *z)
+
+
+def halved(p: Problem, x: Array) -> Problem:
+    """The same with its x in half precision, given flat; y lies in the memory of the other."""
+    y = p.y.reshape(-1).view(x.dtype)[: x.size]
+    return replace(p, x=x.reshape(p.x.shape), y=y.reshape(p.x.shape))
 
 
 def best_of(
@@ -144,8 +217,14 @@ def table_sum(layers: list[Layer], *names: str) -> float:
 
 
 def ratio(layers: list[Layer], op: Operation, who: str = "fastbn") -> float:
-    """Time of an operation in units of what memory allows, over the layers."""
-    return table_sum(layers, f"{who} {op.key}") / table_sum(layers, *op.limit)
+    """Time of an operation in its unit, over the layers that have it."""
+    having = measured(layers, op)
+    return table_sum(having, f"{who} {op.key}") / table_sum(having, *op.limit)
+
+
+def measured(layers: list[Layer], op: Operation) -> list[Layer]:
+    """The layers on which an operation was measured."""
+    return [layer for layer in layers if f"fastbn {op.key}" in layer.seconds]
 
 
 def _yardsticks(x: Array, dy: Array, y: Array, dx: Array) -> Iterator[tuple[str, Callable[[], Any]]]:
@@ -166,19 +245,99 @@ def _fastbn(p: Problem) -> Iterator[tuple[str, Callable[[], Any]]]:
         yield f"{name} inference {p.layout}", partial(batch_norm, x, p.mean, p.var, gamma, beta, axis=axis, out=out)
 
 
-def error(op: Operation, p: Problem, result: Array) -> float:
-    """The largest error of a result, in units of its largest value, against float64 NumPy on eight of the channels."""
-    cut = slice(None, None, max(1, p.gamma.size // 8))
-    x, dy, found = (np.moveaxis(a, p.axis, 0)[cut].astype(np.float64) for a in (p.x, p.dy, result))
-    gamma, beta = (a[cut, None, None, None].astype(np.float64) for a in (p.gamma, p.beta))
+def _parts(p: Problem) -> Iterator[tuple[str, Callable[[], Any]]]:
+    """Those of PARTS that are float32, if the problem has a residual."""
+    if p.z is None:
+        return
+    train = partial(batch_norm_train, p.x, p.gamma, p.beta, axis=p.axis, out=p.y)
+    forward = partial(train, residual=p.z, activation="relu")
+    _, saved = forward()
 
-    def mean(a: Array) -> Array:
-        return np.asarray(a.mean(axis=(1, 2, 3), keepdims=True))
+    def pair() -> tuple[Array, ...]:
+        y, saved = forward()
+        return y, *batch_norm_backward(p.dy, saved, out=p.dx)
 
-    centred = x - mean(x)
-    invstd = 1 / np.sqrt(mean(centred**2) + EPS)
+    yield f"fastbn train forward, {RELU} {p.layout}", forward
+    yield f"fastbn backward, {RELU} {p.layout}", partial(batch_norm_backward, p.dy, saved, out=p.dx)
+    yield f"fastbn pair, {RELU} {p.layout}", pair
+    for part in MASKS:
+        yield f"fastbn train forward, {part} {p.layout}", partial(train, where=mask(part, p))
+
+
+def _halves() -> Iterator[np.dtype[Any]]:
+    """The dtypes of half precision that there are: bfloat16 comes with a package of its own."""
+    yield np.dtype(np.float16)
+    with contextlib.suppress(ImportError):
+        import ml_dtypes  # type: ignore[import-not-found, unused-ignore]
+
+        yield np.dtype(ml_dtypes.bfloat16)
+
+
+def mask(part: str, p: Problem) -> Array:
+    """Three of four samples, or positions, as booleans that broadcast to x."""
+    shape = [1 if a == p.axis % 4 or (a and part == MASKS[0]) else n for a, n in enumerate(p.x.shape)]
+    return np.asarray(np.arange(np.prod(shape)).reshape(shape) % 4 != 3)
+
+
+def _checked(op: Operation, p: Problem, call: Callable[[], Any]) -> float:
+    """The error of what a call returns."""
+    p.y.fill(np.nan)
+    p.dx.fill(np.nan)
+    return error(op, p, results(op, call()))
+
+
+def results(op: Operation, returned: Any) -> list[Array]:
+    """What is checked of what fastbn returned: y, dx, and with a residual the gradient of that."""
+    arrays = returned if isinstance(returned, tuple) else (returned,)
+    with_residual = [arrays[-1]] if op.part == RELU and op.name != "train forward" else []
+    return [*arrays[: 2 if op.name == "pair" else 1], *with_residual]
+
+
+def error(op: Operation, p: Problem, found: Sequence[Array]) -> float:
+    """The largest error of `results`, in units of their largest values, against float64 NumPy on eight of the channels.
+
+    Of half precision only what is above the one rounding of the result.
+    """
+    # Where y is next to 0 its sign is a matter of rounding, but a single sign that differs is seen in every dx.
+    y = found[0] if op.name == "pair" else _fused(p) if op.part == RELU and op.name == "backward" else p.y
+    rounding = {"float16": 2**-11, "bfloat16": 2**-8}.get(op.part, 0.0)
+    differences, sizes = [], []
+    for c in range(0, p.gamma.size, max(1, p.gamma.size // 8)):
+        expected = _expected(op, p, c, y)
+        pairs = [(_channel(f, p, c), e) for f, e in zip(found, expected, strict=True)]
+        differences.append([np.maximum(abs(f - e) - rounding * abs(e), 0).max() for f, e in pairs])
+        sizes.append([abs(e).max() for e in expected])
+    return float((np.max(differences, axis=0) / np.max(sizes, axis=0)).max())  # NaN if one is
+
+
+def _expected(op: Operation, p: Problem, c: int, y: Array) -> list[Array]:
+    """What `results` are to be in one channel; the backward of a ReLU takes the signs of y."""
+    weights = _channel(np.broadcast_to(mask(op.part, p), p.x.shape), p, c) if op.part in MASKS else None
+    gamma, beta = float(p.gamma[c]), float(p.beta[c])
+    centred = _channel(p.x, p, c)
+    centred -= np.average(centred, weights=weights)
+    invstd = 1 / np.sqrt(np.average(centred**2, weights=weights) + EPS)
     xhat = centred * invstd
-    expected = xhat * gamma + beta
-    if op.name == "backward":
-        expected = gamma * invstd * (dy - mean(dy) - xhat * mean(dy * xhat))
-    return float(np.abs(found - expected).max() / np.abs(expected).max())
+    expected = []
+    if op.name != "backward":
+        normalized = xhat * gamma + beta
+        expected.append(normalized if op.part != RELU else np.maximum(normalized + _channel(p.z, p, c), 0))
+    if op.name in ("backward", "pair"):
+        dy = _channel(p.dy, p, c)
+        if op.part == RELU:
+            dy *= _channel(y, p, c) > 0
+        expected.append(gamma * invstd * (dy - dy.mean() - xhat * (dy * xhat).mean()))
+        if op.part == RELU:
+            expected.append(dy)
+    return expected
+
+
+def _channel(a: Array | None, p: Problem, c: int) -> Array:
+    """One channel in float64."""
+    assert a is not None
+    return np.asarray(np.moveaxis(a, p.axis, 0)[c], dtype=np.float64, copy=True)
+
+
+def _fused(p: Problem) -> Array:
+    """The y whose signs a backward with a ReLU takes; in p.y, where a backward has nothing."""
+    return batch_norm_train(p.x, p.gamma, p.beta, axis=p.axis, residual=p.z, activation="relu", out=p.y)[0]

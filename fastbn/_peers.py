@@ -9,7 +9,7 @@ import contextlib
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -19,13 +19,16 @@ Array = npt.NDArray[Any]
 Calls = Iterator[tuple[str, Callable[[], Any]]]
 
 EPS = 1e-5
+#: What some operations have besides: relu(batch norm of x + residual).
+RELU = "residual, ReLU"
 
 
 @dataclass(frozen=True)
 class Problem:
     """One layer in one layout: what is normalized, with which parameters, and arrays for results.
 
-    `mean` and `var` are the statistics of x, for inference; float64.
+    `mean` and `var` are the statistics of x, for inference; float64. Without a residual `z` no peer has operations with
+    one.
     """
 
     layout: str
@@ -37,6 +40,7 @@ class Problem:
     beta: Array
     mean: Array
     var: Array
+    z: Array | None = None
 
     @property
     def axis(self) -> int:
@@ -79,7 +83,7 @@ class Peer(ABC):
     def calls(self, p: Problem) -> Calls:
         """(operation, call) for what this peer can do in this layout.
 
-        A call returns y or dx; everything else is done before.
+        A call returns y or dx, or of a pair of both y, dx and the residual's gradient; everything else is done before.
         """
 
     def array(self, p: Problem, result: Any) -> Array:
@@ -140,7 +144,7 @@ class PyTorch(Peer):
         self.torch = torch
 
     def calls(self, p: Problem) -> Calls:
-        """All three operations, both layouts."""
+        """All three operations and the pair, both layouts."""
         x, dy = self._tensor(p, p.x), self._tensor(p, p.dy)
         gamma, beta, mean, var = (self.torch.from_numpy(a) for a in p.parameters)
         batch_norm, aten = self.torch.nn.functional.batch_norm, self.torch.ops.aten
@@ -149,6 +153,20 @@ class PyTorch(Peer):
         yield "train forward", lambda: batch_norm(x, None, None, gamma, beta, training=True, eps=EPS)
         yield "backward", lambda: aten.native_batch_norm_backward(dy, x, gamma, *rest)[0]
         yield "inference", lambda: batch_norm(x, mean, var, gamma, beta, eps=EPS)
+        if p.z is None:
+            return
+        leaves = [a.detach().requires_grad_() for a in (x, self._tensor(p, p.z), gamma, beta)]
+
+        def pair() -> tuple[Any, Any, Any]:
+            x, z, gamma, beta = leaves
+            y = self.torch.nn.functional.relu(batch_norm(x, None, None, gamma, beta, training=True, eps=EPS) + z)
+            y.backward(dy)
+            found = y.detach(), x.grad, z.grad
+            for a in leaves:  # else the next backward would add to it
+                a.grad = None
+            return found
+
+        yield f"pair, {RELU}", pair
 
     def array(self, p: Problem, result: Any) -> Array:
         """In the problem's order of axes."""
@@ -170,8 +188,11 @@ class OneDNN(PyTorch):
             raise ImportError("this build of PyTorch has no oneDNN")
 
     def calls(self, p: Problem) -> Calls:
-        """All three operations; NCHW alone: `to_mkldnn` brings channels_last tensors into NCHW, too."""
-        return super().calls(p) if p.layout == "NCHW" else iter(())
+        """All three operations; NCHW alone: `to_mkldnn` brings channels_last tensors into NCHW, too.
+
+        Not the pair: its opaque tensors are not for autograd.
+        """
+        return super().calls(replace(p, z=None)) if p.layout == "NCHW" else iter(())
 
     def array(self, p: Problem, result: Any) -> Array:
         """Out of oneDNN's memory."""

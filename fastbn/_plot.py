@@ -4,7 +4,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from ._measure import OPERATIONS, Layer, Operation
+from ._measure import OPERATIONS, PARTS, Layer, Operation, measured
 
 # Okabe and Ito's colours, which the colour-blind can tell apart; markers tell them apart without any colour.
 STYLES = {
@@ -33,14 +33,16 @@ def save(layers: list[Layer], peers: list[str], path: Path) -> None:
     from matplotlib.figure import Figure
     from matplotlib.ticker import FixedLocator, NullLocator
 
-    figure = Figure(figsize=(9, 5.6), layout="constrained")
-    names = list(dict.fromkeys(op.name for op in OPERATIONS))
-    panels = figure.subplots(2, len(names), sharex=True, sharey=True)
-    for op in OPERATIONS:
-        row, column = int(op.layout == "NHWC"), names.index(op.name)
+    # Of the parts the pair alone: it is what a peer can do, too.
+    operations = [*OPERATIONS, *(op for op in PARTS if op.name == "pair" and measured(layers, op))]
+    titles = list(dict.fromkeys(op.title for op in operations))
+    figure = Figure(figsize=(3 * len(titles), 5.6), layout="constrained")
+    panels = figure.subplots(2, len(titles), sharex=True, sharey=True)
+    for op in operations:
+        row, column = int(op.layout == "NHWC"), titles.index(op.title)
         axes = panels[row, column]
         _panel(axes, layers, op, ["fastbn", *peers])
-        axes.set_title(f"{op.name}, {op.layout}", fontsize=10)
+        axes.set_title(f"{op.title}, {op.layout}", fontsize=10)
     corner = panels[0, 0]
     corner.set_yscale("log")
     low, high = corner.get_ylim()

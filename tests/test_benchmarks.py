@@ -13,6 +13,7 @@ import pytest
 import reference
 from subprocesses import run_script
 
+import fastbn
 from fastbn import _measure
 
 FOLDER = Path(__file__).parents[1] / "asv_bench"
@@ -68,6 +69,79 @@ def moments(case, result):
     np.testing.assert_allclose(result.var(), var, rtol=1e-12)
 
 
+def fused_forward(case, result):
+    y, _ = result
+    plain = reference.train(case.x, case.gamma, case.beta, axis=case.axis)
+    assert y is case.out
+    budget = plain.budget + reference.tolerance(case.x.dtype, abs(case.residual))
+    reference.assert_within(y, np.maximum(plain.y + case.residual, 0), budget, "y")
+
+
+def fused_backward(case, result):
+    *gradients, dresidual = result
+    y, _ = fastbn.batch_norm_train(
+        case.x, case.gamma, case.beta, axis=case.axis, residual=case.residual, activation="relu"
+    )
+    given, case.dy = case.dy, case.dy * (y > 0)
+    backward(case, gradients)
+    np.testing.assert_array_equal(dresidual, case.dy)
+    case.dy = given
+
+
+def half_forward(case, result):
+    y, _ = result
+    expected = reference.train(case.x.astype(np.float64), case.gamma, case.beta, axis=case.axis)
+    assert y is case.out
+    assert_rounded(y, expected)
+
+
+def assert_rounded(y, expected):
+    """Within the rounding of half precision, or of whatever y is in."""
+    unit = {"float16": 2.0**-11, "bfloat16": 2.0**-8}.get(y.dtype.name, 0.0)
+    rounded = unit * abs(expected.y) + (2.0**-25 if unit else 0)
+    reference.assert_within(y.astype(np.float64), expected.y, expected.budget + rounded, "y")
+
+
+def weighted(case):
+    """Count, mean and variance of each channel."""
+    x, w = case.x.astype(reference.WIDE), np.broadcast_to(case.where, case.x.shape)
+    count = reference.reduce(w, case.axis)
+    mean = reference.reduce(w * x, case.axis) / count
+    return count, mean, reference.reduce(w * (x - reference.spread(mean, x, case.axis)) ** 2, case.axis) / count
+
+
+def masked_forward(case, result):
+    y, saved = result
+    count, mean, var = weighted(case)
+    assert 0 < count[0] < case.x.size / case.gamma.size
+    assert y is case.out
+    np.testing.assert_array_equal(saved.count, count.astype(float))
+    np.testing.assert_allclose(saved.mean, mean.astype(float), rtol=1e-12)
+    np.testing.assert_allclose(saved.var, var.astype(float), rtol=1e-12)
+    expected = reference.infer(case.x, saved.mean, saved.var, case.gamma, case.beta, axis=case.axis)
+    reference.assert_within(y, expected.y, expected.budget, "y")
+
+
+def weighted_moments(case, result):
+    for found, expected in zip((result.count, result.mean, result.var()), weighted(case), strict=True):
+        np.testing.assert_allclose(found, expected.astype(float), rtol=1e-12)
+
+
+def images(case, result):
+    assert result is case.out
+    assert case.x.dtype == np.uint8
+    assert case.x.flags.c_contiguous
+    x = case.x.astype(np.float64 if case.out.dtype == np.float16 else np.float32)
+    assert_rounded(result, reference.infer(x, case.mean, case.var, axis=case.axis))
+
+
+def folded(case, result):
+    scale, shift = case.bn.fold()
+    outputs = (-1, 1, 1, 1) if case.layout == "OIHW" else (-1,)
+    np.testing.assert_allclose(result[0], case.weight * scale.reshape(outputs), rtol=1e-6)
+    np.testing.assert_allclose(result[1], case.bias * scale + shift, rtol=1e-5, atol=1e-6)
+
+
 def layer_forward(case, y):
     expected = reference.train(case.x, axis=case.axis)
     assert y is case.out
@@ -87,6 +161,13 @@ BENCHMARKS = {
     "backward.Backward.time_batch_norm_backward": (lambda m, *p: m["backward"].case(*p), backward),
     "inference.Inference.time_batch_norm": (lambda m, *p: m["inference"].case(*p), inference),
     "moments.OfLayers.time_moments": (lambda m, *p: m["moments"].case(*p), moments),
+    "forward.HalfForward.time_batch_norm_train": (lambda m, *p: m["forward"].case(*p), half_forward),
+    "forward.FusedForward.time_residual_and_relu": (lambda m, *p: m["forward"].fused_case(*p), fused_forward),
+    "forward.MaskedForward.time_where": (lambda m, *p: m["forward"].masked_case(*p), masked_forward),
+    "backward.FusedBackward.time_residual_and_relu": (lambda m, *p: m["backward"].fused_case(*p), fused_backward),
+    "moments.Weighted.time_moments": (lambda m, *p: m["moments"].weighted_case(*p), weighted_moments),
+    "images.Images.time_of_bytes": (lambda m, *p: m["images"].case(*p), images),
+    "folding.FoldConv.time_fold_conv": (lambda m, *p: m["folding"].case(*p), folded),
     "moments.Merge.time_merge": (lambda m, channels: m["moments"].merge_case(channels), moments),
     "small_calls.Small.time_batch_norm_train": (lambda m, s: m["forward"].case("NCHW", s, "float32"), train),
     "small_calls.Small.time_batch_norm_backward": (lambda m, s: m["backward"].case("NCHW", s, "float32"), backward),
@@ -103,6 +184,7 @@ TIMERAW = {"startup.Import.timeraw_import_numpy", "startup.Import.timeraw_import
 TIMERAW |= {"startup.FirstResult.timeraw_first_result"}
 TRACK = {"small_calls.AfterIdle.track_call", "memory.Peak.track_above_the_arrays"}
 TRACK |= {f"peers.{cls}.track_time" for cls in ("InCopies", "InTriads", "InPyTorch", "FreshOverGiven")}
+TRACK |= {f"peers.{cls}.track_time" for cls in ("PairInPyTorch", "PartsInTheirUnits", "ImagesInCopies")}
 
 
 def classes(modules):
@@ -138,21 +220,33 @@ def test_benchmark_computes_what_it_says(modules, name):
     assert combinations
     for combination in combinations:
         case = build(modules, *combination)
-        case.out.fill(np.nan)
+        if module != "folding":
+            case.out.fill(np.nan)
         result = getattr(cls(), method)(*combination)
         assert build(modules, *combination) is case, "it timed another case"
         check(case, result)
-        if len(combination) == 3:
-            layout, (n, c, *space), dtype = combination
-            assert case.x.dtype == dtype
-            assert case.x.shape == ((n, c, *space) if layout == "NCHW" else (n, *space, c))
-            assert case.x.flags.c_contiguous
+        if len(combination) > 2:
+            layout, (n, c, *space), dtype, *mask = combination
+            # Images are NHWC always, and their y has the layout.
+            given = np.moveaxis(case.out, -1, 1) if (module, layout) == ("images", "NCHW") else case.x
+            assert (case.out if module == "images" else case.x).dtype == dtype
+            assert given.shape == ((n, c, *space) if layout == "NCHW" else (n, *space, c))
+            assert given.flags.c_contiguous
+            if mask:
+                varies = {"per sample": n, "per position": n * int(np.prod(space))}[mask[0]]
+                assert (case.where.size, case.where.dtype) == (varies, bool)
+        elif module == "folding":
+            layout, shape = combination
+            assert case.layout == layout
+            assert (case.weight if layout == "OIHW" else case.weight.transpose(3, 2, 0, 1)).shape == shape
         else:
             assert combination[0] in (case.x.shape, case.x.shape[1])
 
 
 def small(values):
-    """asv's own values of one parameter; of ResNet's layers, two little ones in their place."""
+    """asv's own values of one parameter; of ResNet's layers and of images, two little ones in their place."""
+    if (32, 3, 224, 224) in values:
+        return [(2, 3, 4, 5), (3, 3, 5, 4)]
     return [(2, 3, 4, 5), (3, 2, 5, 4)] if (32, 64, 56, 56) in values else values
 
 
@@ -265,6 +359,8 @@ def test_peers_are_measured(modules, monkeypatch):
     monkeypatch.setattr(peers, "SHAPES", shapes := ((32, 8, 14, 14), (32, 16, 7, 7)))
     monkeypatch.setattr(peers, "ROUNDS", 1)
     monkeypatch.setattr(peers, "keep_freed_memory", lambda: None)  # it would for the tests that follow
+    monkeypatch.setattr(_measure, "LARGE", 0)
+    monkeypatch.setattr(_measure, "IMAGES", (_measure.BATCH, 6, 6, 3))
     seconds = peers.InCopies().setup_cache()
     assert tuple(seconds) == shapes
     for cls in (peers.InCopies, peers.InTriads):
@@ -272,21 +368,26 @@ def test_peers_are_measured(modules, monkeypatch):
             assert 0 < cls().track_time(seconds, operation, shape) < np.inf
     for operation in peers.FreshOverGiven.params[0]:
         assert 0 < peers.FreshOverGiven().track_time(seconds, operation) < np.inf
-    for operation in peers.InPyTorch.params[0]:
-        try:
-            peers.InPyTorch().setup(seconds, operation)
-        except NotImplementedError:
-            assert importlib.util.find_spec("torch") is None
-        else:
-            assert 0 < peers.InPyTorch().track_time(seconds, operation) < np.inf
+    optional = ((peers.InPyTorch, "torch"), (peers.PairInPyTorch, "torch"), (peers.PartsInTheirUnits, "ml_dtypes"))
+    for cls, package in optional:
+        for operation in cls.params[0]:
+            try:
+                cls().setup(seconds, operation)
+            except NotImplementedError:
+                assert importlib.util.find_spec(package) is None
+            else:
+                assert 0 < cls().track_time(seconds, operation) < np.inf
+    seconds = peers.ImagesInCopies().setup_cache()
+    for operation in peers.ImagesInCopies.params[0]:
+        assert 0 < peers.ImagesInCopies().track_time(seconds, operation) < np.inf
 
 
 def test_peers_compare_with_what_they_say(modules):
     peers = modules["peers"]
     operations = [op.key for op in _measure.OPERATIONS]
     assert sorted(peers.InPyTorch.params[0]) == sorted(operations)
-    assert sorted(peers.InCopies.params[0]) == sorted(op.key for op in _measure.OPERATIONS if op.tensors == 2)
-    assert sorted(peers.InTriads.params[0]) == sorted(op.key for op in _measure.OPERATIONS if op.tensors == 3)
+    assert sorted(peers.InCopies.params[0]) == sorted(op.key for op in _measure.OPERATIONS if op.moved == 8)
+    assert sorted(peers.InTriads.params[0]) == sorted(op.key for op in _measure.OPERATIONS if op.moved == 12)
     assert [(_measure.BATCH, c, s, s) for c, s, _ in peers.LAYERS] == list(peers.SHAPES)
     assert sorted(peers.FreshOverGiven.params[0]) == sorted(operations)
     one, two = {"copy": 2.0, "triad": 3.0}, {"copy": 4.0, "triad": 5.0}
@@ -304,6 +405,34 @@ def test_peers_compare_with_what_they_say(modules):
         del two[f"PyTorch {op}"]
         with pytest.raises(NotImplementedError):
             peers.InPyTorch().setup(seconds, op)
+
+
+def test_parts_are_given_in_the_units_of_the_table(modules):
+    peers = modules["peers"]
+    assert list(peers.PARTS) == [op.key for op in _measure.PARTS]
+    assert list(peers.PAIRS) == [op.key for op in _measure.PARTS if op.name == "pair"]
+    assert list(peers.IMAGES) == [op.key for op in _measure.OF_IMAGES]
+    yardsticks = {"copy": 2.0, "triad": 3.0, "read": 1.0, "read2": 1.5}
+    plain = {"fastbn train forward NCHW": 4.0, "fastbn train forward NHWC": 5.0}
+    units = [3.0, 4.0, 4.0, 5.5, 7.0, 9.5, 4.0, 4.0, 4.0, 5.0, 4.0, 5.0]  # of the parts, in the table's order
+    for op, unit in zip(peers.PARTS, units, strict=True):
+        first = yardsticks | plain | {f"fastbn {op}": 3 * unit, f"PyTorch {op}": 4 * unit}
+        second = first | {f"fastbn {op}": unit, f"PyTorch {op}": 4 * unit}
+        seconds = dict(zip(peers.SHAPES, (first, second, yardsticks), strict=False))  # the third has not got it
+        assert peers.PartsInTheirUnits().setup(seconds, op) is None
+        assert peers.PartsInTheirUnits().track_time(seconds, op) == 2.0
+        with pytest.raises(NotImplementedError):
+            peers.PartsInTheirUnits().setup({"shape": yardsticks}, op)
+        with pytest.raises(NotImplementedError):
+            peers.PairInPyTorch().setup(seconds, op)
+        del seconds[peers.SHAPES[2]]
+        assert peers.PairInPyTorch().track_time(seconds, op) == 0.5
+    images = {"copy": 2.0} | {f"fastbn {op}": 3.0 for op in peers.IMAGES}
+    assert [peers.ImagesInCopies().track_time(images, op) for op in peers.IMAGES] == [1.5, 1.5]
+
+
+def test_bfloat16_is_timed_where_its_package_is(modules):
+    assert ("bfloat16" in modules["common"].HALVES) == (importlib.util.find_spec("ml_dtypes") is not None)
 
 
 def test_importing_the_benchmarks_loads_no_numba():

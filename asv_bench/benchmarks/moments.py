@@ -2,15 +2,25 @@
 
 from functools import lru_cache
 
+import numpy as np
+
 import fastbn
 
-from .common import OverLayers, arrays, ready
+from .common import OverFew, OverLayers, arrays, ready
 
 
 @lru_cache(maxsize=1)
 def case(layout, shape, dtype):
     c = arrays(layout, shape, dtype)
     return ready(c, lambda: fastbn.moments(c.x, axis=c.axis))
+
+
+@lru_cache(maxsize=1)
+def weighted_case(layout, shape, dtype):
+    """With a weight for each position."""
+    c = arrays(layout, shape, dtype)
+    c.where = np.random.default_rng(2).uniform(0, 2, np.take(c.x, [0], c.axis).shape).astype(dtype)
+    return ready(c, lambda: fastbn.moments(c.x, axis=c.axis, where=c.where))
 
 
 @lru_cache(maxsize=1)
@@ -23,6 +33,11 @@ def merge_case(channels):
 class OfLayers(OverLayers):
     def time_moments(self, layout, shape, dtype):
         return case(layout, shape, dtype).run()
+
+
+class Weighted(OverFew):
+    def time_moments(self, layout, shape, dtype):
+        return weighted_case(layout, shape, dtype).run()
 
 
 class Merge:

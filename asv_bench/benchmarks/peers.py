@@ -1,4 +1,4 @@
-"""Figures that mean much the same on any machine: fastbn's time over a copy's, a triad's and PyTorch's.
+"""Figures that mean much the same on any machine: fastbn's time over a copy's, a triad's, PyTorch's and its own.
 
 They come from where those of `python -m fastbn` do. One process measures all of them; each benchmark looks one up.
 """
@@ -12,6 +12,14 @@ LAYERS = ((64, 56, 1), (1024, 14, 1), (256, 14, 1), (2048, 7, 1))
 SHAPES = ((32, 64, 56, 56), (32, 1024, 14, 14), (32, 256, 14, 14), (32, 2048, 7, 7))
 ONE_READ = ("train forward NCHW", "train forward NHWC", "inference NCHW", "inference NHWC")
 TWO_READS = ("backward NCHW", "backward NHWC")
+PAIRS = ("pair, residual, ReLU NCHW", "pair, residual, ReLU NHWC")
+PARTS = (
+    "train forward, residual, ReLU NCHW", "train forward, residual, ReLU NHWC", "backward, residual, ReLU NCHW",
+    "backward, residual, ReLU NHWC", *PAIRS, "train forward, float16 NCHW", "train forward, bfloat16 NCHW",
+    "train forward, mask per sample NCHW", "train forward, mask per sample NHWC",
+    "train forward, mask per position NCHW", "train forward, mask per position NHWC",
+)  # fmt: skip
+IMAGES = ("inference, uint8 NCHW", "inference, uint8 NHWC")
 ROUNDS = 50
 
 
@@ -33,7 +41,7 @@ class _Figures:
 
         keep_freed_memory()
         peers = [p for p in _peers.present(fastbn.get_num_threads()) if p.name == "PyTorch"]
-        layers = _measure.measure(LAYERS, ROUNDS, peers)
+        layers = _measure.measure(LAYERS, ROUNDS, peers, parts=True)
         return {shape: layer.seconds for shape, layer in zip(SHAPES, layers, strict=True)}
 
 
@@ -88,3 +96,48 @@ class InPyTorch(_Figures):
     def track_time(self, seconds, operation):
         own, other = (sum(s[f"{who} {operation}"] for s in seconds.values()) for who in ("fastbn", "PyTorch"))
         return own / other
+
+
+class PairInPyTorch(InPyTorch):
+    """A forward with residual and ReLU and its backward, over PyTorch's three operations and autograd."""
+
+    params = (PAIRS,)
+
+
+class PartsInTheirUnits(_Figures):
+    """Of what memory allows; half precision of float32's time, masks of the time without.
+
+    Over the shapes that are measured: half precision is where the arrays are large.
+    """
+
+    params = (PARTS,)
+    param_names = ("operation",)
+    unit = "units"
+
+    def setup(self, seconds, operation):
+        if not any(f"fastbn {operation}" in s for s in seconds.values()):
+            raise NotImplementedError("ml_dtypes is not installed")
+
+    def track_time(self, seconds, operation):
+        from fastbn import _measure
+
+        (op,) = (op for op in _measure.PARTS if op.key == operation)
+        having = [s for s in seconds.values() if f"fastbn {operation}" in s]
+        return sum(s[f"fastbn {operation}"] for s in having) / sum(s[name] for s in having for name in op.limit)
+
+
+class ImagesInCopies:
+    """Of the floats that the images become."""
+
+    params = (IMAGES,)
+    param_names = ("operation",)
+    unit = "copies"
+
+    def setup_cache(self):
+        """The seconds of every call."""
+        from fastbn import _measure
+
+        return _measure.measure_images(ROUNDS).seconds
+
+    def track_time(self, seconds, operation):
+        return seconds[f"fastbn {operation}"] / seconds["copy"]

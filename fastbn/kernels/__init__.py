@@ -1,11 +1,12 @@
 """The compiled loops: `forward` (statistics and normalization) and `backward`, over the tiles of `grid`.
 
-`leaves` and `lanes` are what they are made of, `yardsticks` what they are measured by.
+`leaves`, `lanes` and `halves` are what they are made of, `yardsticks` what they are measured by.
 
 The contract of every kernel:
 
-1. It takes arrays and plain numbers, never None. `x`, `y`, `dy`, `dx` are flat, contiguous and in the memory order of
-   the canonical view (outer, channel, inner); statistics and parameters are float64, packed as rows of one array.
+1. It takes arrays and plain numbers, and None for each part of the formula that a call has not. `x`, `y`, `dy`, `dx`
+   are flat, contiguous and in the memory order of the canonical view (outer, channel, inner); statistics and
+   parameters are float64, packed as rows of one array.
 2. It writes its outputs and nothing else, and allocates nothing larger than a few numbers per channel and tile.
 3. A `prange` body holds index arithmetic and calls to serial leaves, nothing else: the same loop inside the `prange`
    body ran at half the speed. Nothing below it allocates: Numba loses an exception that is raised there.

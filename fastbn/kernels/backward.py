@@ -33,6 +33,7 @@ from .lanes import (
     like,
     load,
     load64,
+    load_weights,
     minus,
     muladd,
     of_channel,
@@ -68,7 +69,7 @@ FROZEN = 3  # sums and dx of a tile at once: dx does not wait for the sums
 @elementwise
 def products(dy, x, i, n, centre, relu, word, w, j):
     """g and x - centre of a piece."""
-    weight = load64(w, j, n)
+    weight = load_weights(w, j, n)
     g = passed(load64(dy, i, n), relu, word)
     d = only(minus(load64(x, i, n), centre), n)  # 0 * inf, of a given mean, would be NaN
     return guarded(g, d, weight), guarded(d, g, weight)
@@ -85,7 +86,7 @@ def gradient(dy, x, dx, i, n, scale, weight, slope, centre, shift, dz, relu, wor
     if x is None:
         store(dx, i, n, times(g, scale))
     else:
-        within = load(w, j, n, dx)
+        within = load_weights(w, j, n)
         xhat = times(minus(load(x, i, n, dx), centre), slope)
         store(dx, i, n, muladd(g, scale, times(inside(muladd(xhat, weight, shift), within), within)))
 

@@ -32,7 +32,9 @@ __all__ = [
     "like",
     "load",
     "load64",
+    "load_weights",
     "minus",
+    "move",
     "muladd",
     "of_channel",
     "only",
@@ -57,7 +59,7 @@ literally = intrinsic(prefer_literal=True)
 
 
 class Lanes(types.Type):
-    """The type of sixteen float32 or float64 values, or of the bits of sixteen halves that are done."""
+    """The type of sixteen float32 or float64 values, of the bits of halves that are done, or of a mask (uint8)."""
 
     def __init__(self, dtype):
         super().__init__(name=f"Lanes({dtype})")
@@ -71,7 +73,9 @@ class _LanesModel(models.PrimitiveModel):
 
 
 def _float(dtype):
-    return ir.IntType(16) if half_of(dtype) else ir.DoubleType() if dtype == types.float64 else ir.FloatType()
+    if isinstance(dtype, types.Float):
+        return ir.DoubleType() if dtype == types.float64 else ir.FloatType()
+    return ir.IntType(16 if half_of(dtype) else 8)
 
 
 def _vector(dtype):
@@ -204,6 +208,17 @@ def _load_float64(context, x, i, n):
     return _load(x, types.float64, n)
 
 
+@literally
+def _load_weights(context, w, i, n):
+    if _absent(w) or isinstance(w.dtype, types.Float):
+        return _load(w, types.float64, n)
+
+    def codegen(context, builder, signature, arguments):
+        return _raw(context, builder, _address(context, builder, w, *arguments[:2]), _count(n, arguments[2]))
+
+    return Lanes(types.uint8)(w, types.intp, n), codegen
+
+
 @intrinsic
 def _element(context, x, i):
     def codegen(context, builder, signature, arguments):
@@ -235,6 +250,18 @@ def _store(context, y, i, n, value):
         return context.get_dummy_value()
 
     return types.void(*given), codegen
+
+
+@intrinsic
+def _move(context, to, j, a, i):
+    def codegen(context, builder, signature, arguments):
+        target, source = _address(context, builder, to, *arguments[:2]), _address(context, builder, a, *arguments[2:])
+        value = _raw(context, builder, source, None)
+        whole = builder.bitcast(target, value.type.as_pointer())
+        builder.store(value, whole, align=context.get_abi_sizeof(target.type.pointee))
+        return context.get_dummy_value()
+
+    return types.void(to, types.intp, a, types.intp), codegen
 
 
 @intrinsic
@@ -296,7 +323,7 @@ def _plus(context, a, b):
 
 @intrinsic
 def _times(context, a, b):
-    if _absent(b):
+    if _absent(b) or _is_mask(b):
         return _unchanged(a, a, b)
     return _elementwise(lambda builder, a, b: builder.fmul(a, b), a, b)
 
@@ -407,6 +434,17 @@ def _zero(value):
     return ir.Constant(value.type, [0.0] * LANES)
 
 
+def _is_mask(given):
+    return isinstance(given, Lanes) and given.dtype == types.uint8
+
+
+def _counts(builder, value, given):
+    """Where weights are not 0."""
+    if _is_mask(given):
+        return builder.icmp_unsigned("!=", value, ir.Constant(value.type, [0] * LANES))
+    return builder.fcmp_unordered("!=", value, _zero(value))
+
+
 @intrinsic
 def _inside(context, value, weight):
     if _absent(weight):
@@ -414,7 +452,7 @@ def _inside(context, value, weight):
 
     def codegen(context, builder, signature, arguments):
         lanes, w = arguments
-        return builder.select(builder.fcmp_unordered("!=", w, _zero(w)), lanes, _zero(lanes))
+        return builder.select(_counts(builder, w, weight), lanes, _zero(lanes))
 
     return value(value, weight), codegen
 
@@ -428,7 +466,7 @@ def _guarded(context, value, other, weight):
         a, b, w = arguments
         nothing = builder.fadd(builder.fsub(a, a), builder.fsub(b, b))  # inf - inf is NaN
         finite = builder.fcmp_ordered("==", nothing, _zero(a))
-        counts = builder.or_(finite, builder.fcmp_unordered("!=", w, _zero(w)))
+        counts = builder.or_(finite, _counts(builder, w, weight))
         return builder.select(counts, a, _zero(a))
 
     return value(value, other, weight), codegen
@@ -544,7 +582,9 @@ if config.DISABLE_JIT:
         like,
         load,
         load64,
+        load_weights,
         minus,
+        move,
         muladd,
         of_channel,
         only,
@@ -566,10 +606,15 @@ else:
     load = _load_computed
     #: load64(x, i, n): in float64.
     load64 = _load_float64
+    #: load_weights(w, i, n): the same of weights; of booleans (uint8) a mask, by which to multiply changes nothing:
+    #: `inside` has set the others to 0.
+    load_weights = _load_weights
     #: element(x, i): one element, in float64.
     element = _element
     #: store(y, i, n, value): the first n lanes, rounded to y's dtype once.
     store = _store
+    #: move(to, j, a, i): to[j : j + 16] = a[i : i + 16], of one dtype.
+    move = _move
     #: only(value, n): the first n lanes, and 0 in the others.
     only = _only
     #: prefetch(x, i): bring a piece into the cache. Any i will do: an address outside of the array has no effect.

@@ -29,7 +29,9 @@ from .lanes import (
     inside,
     load,
     load64,
+    load_weights,
     minus,
+    move,
     muladd,
     of_channel,
     only,
@@ -63,7 +65,7 @@ def ahead(k, row, step):
 @elementwise
 def terms(x, i, n, pivot, w, j):
     """d = x - pivot of a piece, and w * d; 0 where the weight is."""
-    weight = load64(w, j, n)
+    weight = load_weights(w, j, n)
     d = inside(only(minus(load64(x, i, n), pivot), n), weight)
     return d, times(d, weight)
 
@@ -107,11 +109,27 @@ def run_weights(w, step, n, c, k, number, room):
     if w is not None:
         at = n * step[0] + c * step[1] + k * step[2]
         if step[2] == 0:
-            for m in range(number):
-                room[m] = w[at]
+            fill(room, 0, w[at], number)
         else:
-            for m in range(number):
-                room[m] = w[at + m]
+            take(room, 0, w, at, number)
+
+
+@elementwise
+def fill(room, j, value, number):
+    """room[j : j + number] = value."""
+    apart()
+    for m in range(number):
+        room[j + m] = value
+
+
+@elementwise
+def take(room, j, w, i, number):
+    """room[j : j + number] = w[i : i + number]; they never overlap, which LLVM cannot know."""
+    whole = number // LANES * LANES
+    for m in range(0, whole, LANES):
+        move(room, j + m, w, i + m)
+    for m in range(whole, number):
+        room[j + m] = w[i + m]
 
 
 @elementwise
@@ -127,11 +145,9 @@ def row_weights(w, step, channels, inner, first, rows, stride, width, room):
             few = min(row - rest, (r + 1) * width - j)
             at = n * step[0]
             if step[1] == 0 and step[2] == 0:
-                for m in range(few):
-                    room[j + m] = w[at]
+                fill(room, j, w[at], few)
             elif step[1] == inner and step[2] == min(inner - 1, 1):  # a weight for every element
-                for m in range(few):
-                    room[j + m] = w[at + rest + m]
+                take(room, j, w, at + rest, few)
             else:
                 c, k = rest // inner, rest % inner
                 for m in range(few):

@@ -81,6 +81,11 @@ def load64(x, i, n):
     return None if x is None else _load(x, i, n, 1, np.float64)
 
 
+def load_weights(w, i, n):
+    """Weights in float64."""
+    return load64(w, i, n)
+
+
 def element(x, i):
     """x[i] in float64."""
     return np.float64(from_half(_piece(x, i, 1))[0])
@@ -91,6 +96,11 @@ def store(y, i, n, value):
     if y is not None:
         name, lanes = half_of(y.dtype), np.broadcast_to(_lanes(value), LANES)[:n]
         _piece(y, i, n)[:] = to_half(lanes, name) if name else lanes
+
+
+def move(to, j, a, i):
+    """to[j : j + 16] = a[i : i + 16]."""
+    _piece(to, j, LANES)[:] = _piece(a, i, LANES)
 
 
 def only(value, n):

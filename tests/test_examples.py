@@ -309,7 +309,7 @@ def test_samples_find_the_function_that_takes_the_time(scripts):
 
 # What brings each system of the page.
 PACKAGES = {"PyTorch": "torch", "JAX": "jax", "Keras": "keras", "ONNX Runtime": "onnxruntime"}
-KEYS = ("dtype", "layout", "result", "case", "")  # columns that name a row
+KEYS = ("dtype", "layout", "result", "case", "parts", "")  # columns that name a row
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,7 @@ Rounding the exact result costs half a unit. What is exact is computed from the 
 distances to the channel's mean: on x86 it has 11 bits more than float64, which leaves three digits of the error of a
 float64 result. Where long double is float64, float64 data is left out.
 
-It takes about half a minute.
+It takes about a minute.
 
     python docs/examples/accuracy.py
 """
@@ -30,6 +30,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+import ml_dtypes  # np.dtype("bfloat16")
 import numpy as np
 import report
 
@@ -179,7 +180,7 @@ def _root(squares):
 
 
 def _with_unit(exact, terms, dtype):
-    info = np.finfo(dtype)
+    info = ml_dtypes.finfo(dtype)
     size = np.maximum(abs(exact), terms)
     _, exponent = np.frexp(np.where(size == 0, WIDE(1), size))
     return exact, np.ldexp(WIDE(1), np.maximum(exponent - 1, info.minexp) - info.nmant)
@@ -431,6 +432,149 @@ def losses(cases):
     return found
 
 
+# -------------------------------------------------------------------------------------------------------------- parts
+# Half precision, residual and ReLU, weights: on "normal 14x14" in NCHW, parameters in float32 at least.
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a call has besides x."""
+
+    name: str
+    dtype: str
+    after: bool = False  # a residual, then ReLU
+    weighted: bool = False
+    systems: tuple[str, ...] = ("fastbn", "PyTorch")
+
+
+PARTS = (
+    Parts("-", "float16"),
+    Parts("-", "bfloat16"),
+    Parts("residual, ReLU", "bfloat16", after=True),
+    Parts("residual, ReLU", "float32", after=True, systems=("fastbn", "NumPy", "PyTorch")),
+    Parts("weights", "float32", weighted=True, systems=("fastbn", "NumPy")),
+    Parts("weights", "float64", weighted=True, systems=("fastbn", "NumPy")),
+)
+
+
+class PartsData:
+    """Arrays of a call with parts, (N, C, H, W), and what is exact of mean, var, y and dx."""
+
+    def __init__(self, parts, shape):
+        rng = np.random.default_rng(20150211)
+        wide = np.dtype(parts.dtype).itemsize == 8
+        self.x, self.dy, z = (rng.normal(m, 1, shape).astype(parts.dtype) for m in (0.5, 0.3, 0.2))
+        self.gamma = rng.uniform(0.5, 1.5, shape[1]).astype("float64" if wide else "float32")
+        self.beta = rng.standard_normal(shape[1]).astype(self.gamma.dtype)
+        self.z = z if parts.after else None
+        w = np.where(rng.random(shape) < 0.3, 0, rng.uniform(0.5, 2, shape)).astype(self.gamma.dtype)
+        self.w = w if parts.weighted else None
+        self.exact = self.truth(np.dtype(parts.dtype))
+
+    def truth(self, dtype):
+        """By channel, in long double: {result: (exact, unit)}."""
+
+        def rows(a):
+            return np.moveaxis(a.astype(WIDE), 1, 0).reshape(a.shape[1], -1)
+
+        x, g, gamma, beta = rows(self.x), rows(self.dy), *(a.astype(WIDE)[:, None] for a in (self.gamma, self.beta))
+        w = np.ones_like(x) if self.w is None else rows(self.w)
+        z = 0 * x if self.z is None else rows(self.z)
+        n = w.sum(1, keepdims=True)
+        mean = (w * x).sum(1, keepdims=True) / n
+        var = (w * (x - mean) ** 2).sum(1, keepdims=True) / n
+        invstd = 1 / np.sqrt(var + EPS)
+        xhat = (x - mean) * invstd
+        y = gamma * xhat + beta + z
+        if self.z is not None:
+            y, g = np.maximum(y, 0), np.where(y > 0, g, 0)
+        through_mean = w / n * g.sum(1, keepdims=True)
+        through_var = w / n * xhat * (g * xhat).sum(1, keepdims=True)
+        terms = _root(g**2 + through_mean**2 + through_var**2)
+        return {
+            "mean": _with_unit(mean, np.sqrt(var), dtype),
+            "var": _with_unit(var, WIDE(EPS), dtype),
+            "y": _with_unit(y, _root((gamma * xhat) ** 2 + beta**2 + z**2), dtype),
+            "dx": _with_unit(gamma * invstd * (g - through_mean - through_var), gamma * invstd * terms, dtype),
+        }
+
+
+def fastbn_parts(d):
+    """mean, var, y, dx."""
+    options = {"residual": d.z, "activation": "relu" if d.z is not None else None, "where": d.w}
+    y, saved = fastbn.batch_norm_train(d.x, d.gamma, d.beta, eps=EPS, **options)
+    return saved.mean, saved.var, y, fastbn.batch_norm_backward(d.dy, saved)[0]
+
+
+def numpy_parts(d):
+    """The formula in the dtype of the data."""
+    axes, (gamma, beta) = (0, 2, 3), (a.reshape(-1, 1, 1) for a in (d.gamma, d.beta))
+    w = np.ones_like(d.x) if d.w is None else d.w
+    n = w.sum(axes, keepdims=True)
+    mean = (w * d.x).sum(axes, keepdims=True) / n
+    var = (w * (d.x - mean) ** 2).sum(axes, keepdims=True) / n
+    invstd = 1 / np.sqrt(var + EPS)
+    xhat = (d.x - mean) * invstd
+    y, g = gamma * xhat + beta, d.dy
+    if d.z is not None:
+        y = np.maximum(y + d.z, 0)
+        g = np.where(y > 0, g, 0).astype(g.dtype)
+    sums = g.sum(axes, keepdims=True) + xhat * (g * xhat).sum(axes, keepdims=True)
+    return mean, var, y, gamma * invstd * (g - w / n * sums)
+
+
+def pytorch_parts(d):
+    """Up to three operations, each rounded, and their autograd."""
+    import torch
+
+    def tensor(a):
+        half = a.dtype.itemsize == 2
+        return torch.from_numpy(a.view(np.uint16)).view(getattr(torch, a.dtype.name)) if half else torch.from_numpy(a)
+
+    x, gamma, beta = tensor(d.x).clone().requires_grad_(), tensor(d.gamma), tensor(d.beta)
+    y = torch.nn.functional.batch_norm(x, None, None, gamma, beta, training=True, eps=EPS)
+    if d.z is not None:
+        y = torch.relu(y + tensor(d.z))
+    y.backward(tensor(d.dy))
+    return None, None, *(a.detach().double().numpy() for a in (y, x.grad))
+
+
+PARTS_SYSTEMS = {"fastbn": fastbn_parts, "NumPy": numpy_parts, "PyTorch": pytorch_parts}
+
+
+def measure_parts(systems, shape):
+    """[(dtype, name, result, {system: figure})]: the largest error in units; of halves also what is not the nearest."""
+    found = []
+    for parts in PARTS:
+        if parts.dtype in DTYPES and not measurable([parts.dtype]):
+            continue
+        d = PartsData(parts, shape)
+        results = {s: dict(zip(d.exact, PARTS_SYSTEMS[s](d), strict=True)) for s in parts.systems if s in systems}
+        for name in d.exact if parts.weighted else ("y", "dx"):
+            errors, misses = {}, {}
+            exact, unit = d.exact[name]
+            for system, values in results.items():
+                v = np.moveaxis(np.asarray(values[name]), 1, 0) if name in ("y", "dx") else np.asarray(values[name])
+                v = v.reshape(exact.shape).astype(WIDE)
+                errors[system] = error(v, exact, unit)
+                # The nearest half to an exact value is no further from it than half of its own unit.
+                misses[system] = float(
+                    100 * (abs(v - exact) > _with_unit(exact, 0, np.dtype(parts.dtype))[1] / 2).mean()
+                )
+            found.append((parts.dtype, parts.name, name, errors))
+            if parts.dtype not in DTYPES:
+                found.append((parts.dtype, parts.name, f"{name}, % not the nearest", misses))
+    return found
+
+
+def print_parts(found, systems, markdown):
+    """A dash where a system does not offer it."""
+    rows = [
+        [dtype, parts, result, *(figure(e[s]) if s in e else "-" for s in systems)] for dtype, parts, result, e in found
+    ]
+    report.table(["dtype", "parts", "result", *systems], rows, markdown)
+
+
 # -------------------------------------------------------------------------------------------------------------- print
 
 
@@ -483,7 +627,8 @@ def main(argv=None):
     cases = [case.small() for case in CASES] if options.quick else CASES
     for dtype in set(DTYPES) - set(measurable(DTYPES)):
         print(f"{dtype}: long double has no more digits here", file=sys.stderr)
-    errors = measure(present(systems), cases)
+    installed = present(systems)
+    errors = measure(installed, cases)
 
     def offering(*results):
         return [system for system in systems if set(results) & set(system.offers)]
@@ -494,6 +639,10 @@ def main(argv=None):
     print_largest(errors, cases, offering(*TRAINING), options.markdown)
     print("What costs digits in fastbn itself, in units:\n")
     print_losses(losses(cases), options.markdown)
+    print("Half precision, residual and ReLU, weights: the largest error in units, and misses of the nearest half:\n")
+    shape = next(case for case in cases if case.name == "normal 14x14").shape
+    measured = measure_parts({system.name for system in installed}, shape)
+    print_parts(measured, [system.name for system in systems if system.name in PARTS_SYSTEMS], options.markdown)
     for dtype in DTYPES:
         for result in ("y", "dx", INFERENCE):
             print(f"{result} of {dtype}, the larger error of both layouts in units:\n")

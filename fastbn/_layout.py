@@ -186,7 +186,7 @@ def _totals(view: Array) -> Array:
     """
     while len(view) > TERMS and view.dtype.kind != "b":  # ones are added exactly
         whole = len(view) // TERMS * TERMS
-        parts = view[:whole].reshape(-1, TERMS, *view.shape[1:]).sum((1, 3), np.float64)
+        parts = view[:whole].reshape(whole // TERMS, TERMS, *view.shape[1:]).sum((1, 3), np.float64)
         view = np.concatenate([parts, view[whole:].sum((0, 2), np.float64)[None]])[..., None]
     sums: Array = view.sum((0, 2), np.float64)
     return sums

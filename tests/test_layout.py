@@ -235,11 +235,11 @@ def test_what_kernels_are_given(rng, given, dtype, awkward):
     assert y.dtype == reference.result_dtype(dtype)
 
 
-@pytest.mark.parametrize("shape", [(0, 3, 5), (4, 3, 0), (4, 0, 5)])
+@pytest.mark.parametrize("shape", [(0, 3, 5), (4, 3, 0), (4, 0, 5), (99, 3, 0)])
 @pytest.mark.parametrize("axes", [(), (0,), (2,), (0, 2), (0, 1, 2)], ids=str)
 def test_weights_of_an_empty_array(shape, axes):
     """Whichever axes they vary along: no channel has any weight."""
-    x, w = np.empty(shape, "float32"), np.ones([n if a in axes else 1 for a, n in enumerate(shape)], bool)
+    x, w = np.empty(shape, "float32"), np.ones([n if a in axes else 1 for a, n in enumerate(shape)])
     m = fastbn.moments(x, where=w)
     y, saved = fastbn.batch_norm_train(x, where=w)
     dx, dgamma, dbeta = fastbn.batch_norm_backward(y, saved)

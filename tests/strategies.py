@@ -45,11 +45,11 @@ PATHS = {
 PARTS = [
     ("float32", False, False, "bool"),
     ("float64", False, False, "float64"),
+    ("float32", True, True, None),
     ("float32", True, True, "float64"),
     ("float64", True, True, "bool"),
-    ("float16", True, False, None),
-    ("float16", True, False, "float32"),
-    ("bfloat16", False, True, "float32"),
+    ("float16", True, True, "float64"),
+    ("bfloat16", True, True, "bool"),
 ]
 """Dtype, ReLU?, residual?, and the dtype of weights: a few, since each compiles for seconds; test_parts.py has more."""
 

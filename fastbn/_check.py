@@ -368,8 +368,8 @@ def weights(fn: str, value: Any, shape: tuple[int, ...]) -> Array:
     if w.dtype.kind == "b":
         return w
     with np.errstate(all="ignore"):  # whatever the caller's: NaN is refused, not warned of
-        if w.dtype not in (FLOAT32, FLOAT64):
-            w = w.astype(np.float64)
+        own = w.dtype.newbyteorder("=")
+        w = w.astype(own if own in (FLOAT32, FLOAT64) else FLOAT64, copy=False)
         bad = ~((w >= 0) & (w < np.inf))
     if bad.any():
         raise ValueError(f"{fn}: where is {_first(w, bad)}, expected finite weights of at least 0")

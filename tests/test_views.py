@@ -10,7 +10,7 @@ import itertools
 import numpy as np
 import pytest
 import reference
-from arrays import FLOATS, ORDERS, PAIRED_VIEWS, SINGLE_VIEWS, Case, View, memory, takes_results
+from arrays import FLOATS, HALVES, ORDERS, PAIRED_VIEWS, SINGLE_VIEWS, Case, View, memory, takes_results
 from refusals import refused
 
 import fastbn
@@ -38,6 +38,16 @@ OTHERS = [
 ONE_VALUE = [Case("scalar", (), ()), Case("each", (2, 3), (0, 1)), Case("sample", (1, 4))]  # these cannot train
 CELLS = Case("cells", (4, 3, 5, 2), (1, 2))
 """Of which parameters and statistics have two axes to be awkward in."""
+
+
+def cannot(view, dtype):
+    """Why there is no such array of a half, if so."""
+    names = {*view.steps, *view.ends}
+    if dtype in HALVES and "real-part" in names:
+        return "there is no complex number of two halves"
+    if dtype == "bfloat16" and names & {"interface", "buffer"}:
+        return "NumPy describes bfloat16 to nobody: two bytes of no type"
+    return ""
 
 
 # Every order of axes where it costs nothing, a few elsewhere.
@@ -92,6 +102,33 @@ def verbs(x, dy, d, axis):
     }  # fmt: skip
 
 
+def parts(x, dy, d, axis, z, w):
+    """All that is computed with a residual, ReLU and weights, by name; last in a layer."""
+    options = {"residual": z, "activation": "relu"}
+    y, saved = fastbn.batch_norm_train(x, d.gamma, d.beta, axis=axis, where=w, **options)
+    fixed = fastbn.Saved.fixed(x, d.mean, d.var, d.gamma, d.beta, axis=axis, **options)
+    m = fastbn.moments(x, axis=axis, where=w)
+    found = {
+        "inference": fastbn.batch_norm(x, d.mean, d.var, d.gamma, d.beta, axis=axis, **options), "y": y,
+        "count": m.count, "mean": m.mean, "m2": m.m2,
+        "saved count": saved.count, "saved mean": saved.mean, "saved var": saved.var, "saved m2": saved.moments.m2,
+    }  # fmt: skip
+    gradients = ("dx", "dgamma", "dbeta", "dresidual")
+    for kind, s in (("", saved), ("fixed ", fixed)):
+        results = fastbn.batch_norm_backward(dy, s)
+        found |= {f"{kind}{name}": a for name, a in zip(gradients, results, strict=True)}
+    if 0 in d.mean.shape:
+        return found
+    bn = fastbn.BatchNorm(
+        d.mean.shape, axis=axis if isinstance(axis, tuple) else (axis,), activation="relu", dtype=d.mean.dtype
+    )
+    for way in ("layer", "eval"):
+        found[f"{way} y"] = bn.train(way == "layer")(x, residual=z, where=w, save=True)
+        found[f"{way} dx"] = bn.backward(dy)
+        found |= {f"{way} {name}": getattr(bn, name) for name in gradients[1:]}
+    return found | {"running mean": bn.running_mean, "running var": bn.running_var}
+
+
 def layer(x, dy, d, axis):
     """All that a layer computes, by name."""
     bn = fastbn.BatchNorm(d.mean.shape, axis=axis if isinstance(axis, tuple) else (axis,), dtype=d.mean.dtype)
@@ -103,9 +140,9 @@ def layer(x, dy, d, axis):
     return found | {"population mean": bn.running_mean, "population var": bn.running_var}
 
 
-def assert_same(found, expected, x, dy):
+def assert_same(found, expected, x, *others):
     """The same bits in new memory, in the memory order of x."""
-    inputs = memory(x), memory(dy)
+    inputs = [memory(a) for a in (x, *others)]
     like = np.empty_like(np.asarray(x), dtype=reference.result_dtype(plain(x).dtype), subok=False)
     for name, a in found.items():
         np.testing.assert_array_equal(a, expected[name], err_msg=name)
@@ -114,37 +151,41 @@ def assert_same(found, expected, x, dy):
         assert a.dtype.isnative, name
         assert a.flags.writeable, name
         assert not any(np.shares_memory(a, i) for i in inputs), name
-        if name.split()[-1] in ("y", "dx", "inference"):
+        if name.split()[-1] in ("y", "dx", "inference", "dresidual"):
             assert a.dtype == like.dtype, name
             assert steps(a) == steps(like), name
     for (one, a), (other, b) in itertools.combinations(found.items(), 2):
         assert not np.shares_memory(a, b), (one, other)
 
 
-def check(compute, x, dy, d, axis):
-    """Run over x and dy, over plain copies of them, and twice: input as it was, results the same and nobody's."""
-    before = fingerprint(x, dy)
-    found = compute(x, dy, d, axis)
-    expected = compute(plain(x), plain(dy), d, axis)
-    assert_same(found, expected, x, dy)
-    again = compute(x, dy, d, axis)
+def check(compute, x, dy, d, axis, *more):
+    """Run over x, dy and what else there is, over plain copies, and twice: inputs as they were, results the same."""
+    before = fingerprint(x, dy, *more)
+    found = compute(x, dy, d, axis, *more)
+    expected = compute(plain(x), plain(dy), d, axis, *map(plain, more))
+    assert_same(found, expected, x, dy, *more)
+    again = compute(x, dy, d, axis, *more)
     for name, a in again.items():
         assert not np.shares_memory(a, found[name]), name
         np.testing.assert_array_equal(a, expected[name], err_msg=name)
-    assert fingerprint(x, dy) == before
+    assert fingerprint(x, dy, *more) == before
     return found
 
 
-def assert_right(found, x, dy, d, axis):
-    """What the verbs gave is within the error budget of the oracle."""
-    x, dy = plain(x), plain(dy)
+def assert_right(found, x, dy, d, axis, z=None, w=None):
+    """What the verbs gave, or `parts` did, is within the error budget of the oracle."""
+    x, dy, z, w = (None if a is None else plain(a) for a in (x, dy, z, w))
+    options = {"axis": axis} if z is None else {"axis": axis, "residual": z.astype(x.dtype), "activation": "relu"}
     for name, expected in {
-        "y": reference.train(x, d.gamma, d.beta, axis=axis),
-        "inference": reference.infer(x, d.mean, d.var, d.gamma, d.beta, axis=axis),
+        "y": reference.train(x, d.gamma, d.beta, where=w, **options),
+        "inference": reference.infer(x, d.mean, d.var, d.gamma, d.beta, **options),
     }.items():
         reference.assert_within(found[name], expected.y, expected.budget, name)
-    for kind, fixed in (("", None), ("fixed ", (d.mean, d.var))):
-        expected = reference.backward(dy.astype(x.dtype), x, d.gamma, axis=axis, fixed=fixed)
+    for kind, fixed, y in (("", None, "y"), ("fixed ", (d.mean, d.var), "inference")):
+        y = None if z is None else found[y]
+        expected = reference.backward(dy.astype(x.dtype), x, d.gamma, axis=axis, fixed=fixed, where=w, y=y)
+        if z is not None:
+            np.testing.assert_array_equal(found[f"{kind}dresidual"], expected.dresidual.astype(x.dtype))
         for name in ("dx", "dgamma", "dbeta"):
             a, wanted, budget = found[kind + name], getattr(expected, name), getattr(expected, f"{name}_budget")
             if a.dtype != x.dtype:  # gradients have their parameter's dtype, and lists are float64
@@ -152,9 +193,11 @@ def assert_right(found, x, dy, d, axis):
             reference.assert_within(a, wanted, budget, kind + name)
 
 
-@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("dtype", [*FLOATS, *HALVES])
 @pytest.mark.parametrize(("case", "view"), table([CASE], SINGLE_VIEWS))
 def test_x_and_dy(rng, case, view, dtype):
+    if reason := cannot(view, dtype):
+        pytest.skip(reason)
     d = case.data(rng, dtype)
     for x, dy in ((view(d.x), d.dy), (d.x, view(d.dy)), (view(d.x), view(d.dy))):
         found = check(verbs, x, dy, d, case.axis)
@@ -183,6 +226,62 @@ def test_other_shapes(rng, case, view):
         check(layer, x, dy, d, case.axis)
 
 
+@pytest.mark.parametrize(("case", "view"), table([CASE], SINGLE_VIEWS))
+def test_residual_and_weights(rng, case, view):
+    d = case.data(rng, "float32")
+    z, w = case.residual(rng, "float32"), case.weights(rng, "full float32")
+    for given in ((d.x, d.dy, view(z), w), (d.x, d.dy, z, view(w)), (view(d.x), view(d.dy), view(z), view(w))):
+        x, dy, *more = given
+        found = check(parts, x, dy, d, case.axis, *more)
+        assert_right(found, x, dy, d, case.axis, *more)
+
+
+@pytest.mark.parametrize(("case", "view"), table(OTHERS[:-3]))  # the large ones: `test_parts`
+def test_residual_and_weights_of_other_shapes(rng, case, view):
+    d = case.data(rng, "float32")
+    z, w = (
+        case.residual(rng, "float32"),
+        case.weights(rng, "full float32" if "real-part" in view.steps else "full bool"),
+    )
+    found = check(parts, view(d.x), d.dy, d, case.axis, view(z), view(w))
+    if 0 < case.size < 1000:
+        assert_right(found, view(d.x), d.dy, d, case.axis, view(z), view(w))
+
+
+# Weights of fewer axes than x has, or of length 1 in some: what broadcasts is looked at in many ways, too.
+NARROW = [(4, 1, 1, 1), (4, 1, 5, 7), (1, 1, 5, 7), (3, 1, 1), (5, 1), (7,), (1, 1, 1, 1), (1,), ()]
+
+
+@pytest.mark.parametrize(("shape", "view"), [
+    pytest.param(s, v, id=f"{'x'.join(map(str, s)) or 'scalar'}-{v}") for s in NARROW for v in views(s, FEWER_VIEWS)
+])  # fmt: skip
+def test_weights_that_broadcast(rng, shape, view):
+    d = CASE.data(rng, "float32")
+    w = view(rng.uniform(0.5, 2, shape).astype("float64") * (rng.random(shape) < 0.8) if shape else np.float64(0.7))
+    z = CASE.residual(rng, "float32")
+    found = check(parts, d.x, d.dy, d, CASE.axis, z, w)
+    assert_right(found, d.x, d.dy, d, CASE.axis, z, w)
+
+
+@pytest.mark.parametrize("shape", [(4, 1, 1, 1), CASE.shape], ids=str)
+@pytest.mark.parametrize("dtype", ["bool", "uint8", "int8", ">i2", "uint64", *HALVES, ">f2", ">f4", ">f8"])
+def test_weights_of_every_dtype(rng, dtype, shape):
+    d = CASE.data(rng, "float32")
+    w = rng.integers(0, 2 if dtype == "bool" else 90, shape).astype(dtype)
+    z = CASE.residual(rng, "float32")
+    found = check(parts, d.x, d.dy, d, CASE.axis, z, w)
+    assert_right(found, d.x, d.dy, d, CASE.axis, z, w)
+
+
+@pytest.mark.parametrize("dtype", [*HALVES, ">f2", ">f4", "float64", ">f8"])
+def test_residuals_of_every_dtype(rng, dtype):
+    """Converted to that of y, with the copy that reads them."""
+    d = CASE.data(rng, "float32")
+    z, w = CASE.residual(rng, dtype), np.True_
+    found = check(parts, d.x, d.dy, d, CASE.axis, z, w)
+    assert_right(found, d.x, d.dy, d, CASE.axis, z, w)
+
+
 @pytest.mark.parametrize(("case", "view"), table(ONE_VALUE))
 def test_inference_of_one_value_per_channel(rng, case, view):
     d = case.data(rng, "float32")
@@ -206,7 +305,18 @@ def calls(d, x, dy, axis):
     saved, given = fastbn.batch_norm_train(x, d.gamma, d.beta, axis=axis)[1], (d.mean, d.var, d.gamma, d.beta)
     bn = fastbn.BatchNorm(d.mean.shape, axis=axis if isinstance(axis, tuple) else (axis,), dtype=d.mean.dtype)
     bn(x)
+    more = {"activation": "relu", "axis": axis}
+    full = fastbn.batch_norm_train(x, d.gamma, d.beta, residual=dy, **more)[1]
     return {
+        "batch_norm of a residual": (lambda z, out: fastbn.batch_norm(x, *given, residual=z, **more, out=out), dy),
+        "batch_norm_train of a residual": (
+            lambda z, out: fastbn.batch_norm_train(x, *given[2:], residual=z, **more, out=out)[0],
+            dy,
+        ),
+        "batch_norm_backward of a residual": (
+            lambda dy, out: fastbn.batch_norm_backward(dy, full, out=out)[0],
+            dy,
+        ),
         "batch_norm": (lambda x, out: fastbn.batch_norm(x, *given, axis=axis, out=out), x),
         "batch_norm_train": (lambda x, out: fastbn.batch_norm_train(x, *given[2:], axis=axis, out=out)[0], x),
         "batch_norm_backward": (lambda dy, out: fastbn.batch_norm_backward(dy, saved, out=out)[0], dy),
@@ -239,6 +349,46 @@ def test_out_and_in_place(rng, case, view):
             wanted[...] = expected
             np.testing.assert_array_equal(np.asarray(to), expected, err_msg=name)
             np.testing.assert_array_equal(memory(to), memory(wanted), err_msg=f"{name}: memory that is not out's")
+
+
+@pytest.mark.parametrize(("case", "view"), table([CASE], SINGLE_VIEWS))
+def test_all_gradients_where_dx_overwrites_dy(rng, case, view):
+    d = case.data(rng, "float32")
+    place = view(d.dy)
+    if not takes_results(place):
+        pytest.skip("such an array receives no result")
+    z, w = case.residual(rng, "float32"), case.weights(rng, "full float32")
+    _, saved = fastbn.batch_norm_train(d.x, d.gamma, d.beta, residual=z, activation="relu", where=w)
+    expected = fastbn.batch_norm_backward(d.dy, saved)
+    found = fastbn.batch_norm_backward(place, saved, out=place)
+    assert found[0] is place
+    for a, b in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(np.asarray(a), b)
+    assert not np.shares_memory(found[3], memory(place))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "uint8"])
+@pytest.mark.parametrize("order", ORDERS)
+def test_out_in_another_order_than_x_and_residual(rng, order, dtype):
+    """One pass over memory, as from uint8 images in NHWC to NCHW, or with a copy: the values are the same."""
+    d = CASE.data(rng, dtype)
+    z = CASE.residual(rng, reference.result_dtype(dtype))
+    given, options = (d.gamma, d.beta), {"residual": z, "activation": "relu"}
+    inference = fastbn.batch_norm(d.x, d.mean, d.var, *given, **options, out=np.empty_like(z))
+    train, saved = fastbn.batch_norm_train(d.x, *given, **options, out=np.empty_like(z))
+    gradients = fastbn.batch_norm_backward(d.dy, saved)
+    for other, third in zip(ORDERS, itertools.islice(itertools.cycle(ORDERS), 7, None)):  # noqa: B905
+        x, z, out = View(steps=(other,))(d.x), View(steps=(third,))(z), View(steps=(order,))(np.full_like(z, np.nan))
+        options["residual"] = z
+        assert fastbn.batch_norm(x, d.mean, d.var, *given, **options, out=out) is out
+        np.testing.assert_array_equal(out, inference, err_msg=f"x {other}, residual {third}")
+        out.fill(np.nan)
+        y, saved = fastbn.batch_norm_train(x, *given, **options, out=out)
+        assert y is out
+        # Sums go the way of the memory, and end in other bits of a double.
+        np.testing.assert_allclose(out, train, rtol=1e-5, atol=1e-5, err_msg=f"x {other}, residual {third}")
+        for a, b in zip(fastbn.batch_norm_backward(d.dy, saved), gradients, strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5, err_msg=f"x {other}, residual {third}")
 
 
 # ------------------------------------------------------------------------------------------ parameters and statistics

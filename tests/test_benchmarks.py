@@ -358,6 +358,7 @@ def test_peers_are_measured(modules, monkeypatch):
     monkeypatch.setattr(peers, "LAYERS", ((8, 14, 1), (16, 7, 1)))
     monkeypatch.setattr(peers, "SHAPES", shapes := ((32, 8, 14, 14), (32, 16, 7, 7)))
     monkeypatch.setattr(peers, "ROUNDS", 1)
+    monkeypatch.setattr(peers, "PART_ROUNDS", 1)
     monkeypatch.setattr(peers, "keep_freed_memory", lambda: None)  # it would for the tests that follow
     monkeypatch.setattr(_measure, "LARGE", 0)
     monkeypatch.setattr(_measure, "IMAGES", (_measure.BATCH, 6, 6, 3))
@@ -370,6 +371,8 @@ def test_peers_are_measured(modules, monkeypatch):
         assert 0 < peers.FreshOverGiven().track_time(seconds, operation) < np.inf
     optional = ((peers.InPyTorch, "torch"), (peers.PairInPyTorch, "torch"), (peers.PartsInTheirUnits, "ml_dtypes"))
     for cls, package in optional:
+        seconds = cls().setup_cache()
+        assert tuple(seconds) == shapes
         for operation in cls.params[0]:
             try:
                 cls().setup(seconds, operation)

@@ -21,6 +21,7 @@ PARTS = (
 )  # fmt: skip
 IMAGES = ("inference, uint8 NCHW", "inference, uint8 NHWC")
 ROUNDS = 50
+PART_ROUNDS = 10  # they are many, and summed over the shapes
 
 
 def keep_freed_memory():
@@ -34,15 +35,24 @@ def keep_freed_memory():
         libc.mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD
 
 
+def seconds_by_shape(rounds, parts):
+    """The seconds of every call, by shape."""
+    from fastbn import _measure, _peers  # private: without them these benchmarks fail, not the suite
+
+    keep_freed_memory()
+    peers = [p for p in _peers.present(fastbn.get_num_threads()) if p.name == "PyTorch"]
+    layers = _measure.measure(LAYERS, rounds, peers, parts=parts)
+    return {shape: layer.seconds for shape, layer in zip(SHAPES, layers, strict=True)}
+
+
 class _Figures:
     def setup_cache(self):
-        """The seconds of every call, by shape."""
-        from fastbn import _measure, _peers  # private: without them these benchmarks fail, not the suite
+        return seconds_by_shape(ROUNDS, parts=False)
 
-        keep_freed_memory()
-        peers = [p for p in _peers.present(fastbn.get_num_threads()) if p.name == "PyTorch"]
-        layers = _measure.measure(LAYERS, ROUNDS, peers, parts=True)
-        return {shape: layer.seconds for shape, layer in zip(SHAPES, layers, strict=True)}
+
+class _PartFigures:
+    def setup_cache(self):
+        return seconds_by_shape(PART_ROUNDS, parts=True)
 
 
 class InCopies(_Figures):
@@ -98,13 +108,13 @@ class InPyTorch(_Figures):
         return own / other
 
 
-class PairInPyTorch(InPyTorch):
+class PairInPyTorch(_PartFigures, InPyTorch):
     """A forward with residual and ReLU and its backward, over PyTorch's three operations and autograd."""
 
     params = (PAIRS,)
 
 
-class PartsInTheirUnits(_Figures):
+class PartsInTheirUnits(_PartFigures):
     """Of what memory allows; half precision of float32's time, masks of the time without.
 
     Over the shapes that are measured: half precision is where the arrays are large.

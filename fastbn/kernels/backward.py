@@ -29,6 +29,7 @@ from .lanes import (
     apart,
     compact,
     guarded,
+    inlined,
     inside,
     like,
     load,
@@ -69,6 +70,7 @@ FROZEN = 3  # sums and dx of a tile at once: dx does not wait for the sums
 @elementwise
 def products(dy, x, i, n, centre, relu, word, w, j):
     """g and x - centre of a piece."""
+    inlined()
     weight = load_weights(w, j, n)
     g = passed(load64(dy, i, n), relu, word)
     d = only(minus(load64(x, i, n), centre), n)  # 0 * inf, of a given mean, would be NaN
@@ -81,6 +83,7 @@ def gradient(dy, x, dx, i, n, scale, weight, slope, centre, shift, dz, relu, wor
 
     Without x, of dx = scale * g, as it is where the statistics were held fixed.
     """
+    inlined()
     g = passed(load(dy, i, n, dx), relu, word)
     store(dz, i, n, g)
     if x is None:
@@ -116,6 +119,7 @@ def run_products(dy, x, low, high, centre, relu, word, w):
 @elementwise
 def add_rows(dy, x, a, stride, n, centre, relu, word, words, w, j, width, sums, s, q):
     """Add a piece of two rows to their column sums."""
+    inlined()
     ga, da = products(dy, x, a, n, centre, relu, word, w, j)
     gb, db = products(dy, x, a + stride, n, centre, relu, word + words, w, j + width)
     store(sums, s, n, plus(load64(sums, s, n), plus(ga, gb)))
@@ -125,6 +129,7 @@ def add_rows(dy, x, a, stride, n, centre, relu, word, words, w, j, width, sums, 
 @elementwise
 def add_row(dy, x, a, n, centre, relu, word, w, j, sums, s, q):
     """Add a piece of one row to its column sums."""
+    inlined()
     g, d = products(dy, x, a, n, centre, relu, word, w, j)
     store(sums, s, n, plus(load64(sums, s, n), g))
     store(sums, q, n, muladd(g, d, load64(sums, q, n)))
@@ -272,6 +277,7 @@ def dx_run(dy, x, dx, low, high, scale, weight, slope, centre, shift, dz, relu, 
 @elementwise
 def column(dy, x, dx, i, n, k, j, width, dz, relu, word, w, own):
     """`gradient` of a piece of columns, whose coefficients are rows of `width` in k, from its j-th on."""
+    inlined()
     scale, weight, slope = load(k, j, n, dx), load(k, width + j, n, dx), load(k, 2 * width + j, n, dx)
     centre, shift = load(k, 3 * width + j, n, dx), load(k, 4 * width + j, n, dx)
     gradient(dy, x, dx, i, n, scale, weight, slope, centre, shift, dz, relu, word, w, own)
@@ -444,7 +450,7 @@ def backward_runs(dy, x, dx, state, eps, count, grads, frozen, overwritten, size
     room = np.empty((tiles if phase == FUSED else 0, (4 + 2 * LANES) * group + APART))
     part = np.empty(0 if phase == FUSED else pieces * 2 * channels)
     k = np.full(tiles * (5 * group + APART) if phase == FUSED else 5 * channels, like(dx))
-    w_room = rows_like(w, tiles, 2 * PIECE if phase == FUSED else min(SEGMENT, inner))
+    w_room = rows_like(w, tiles, (2 * PIECE if phase == FUSED else min(SEGMENT, inner)) + LANES)
     if phase == FROZEN:
         dx_coefficients(point, grads, count, ZERO, channels, k, frozen)
     while True:
@@ -551,7 +557,7 @@ def backward_rows(dy, x, dx, state, eps, count, grads, frozen, overwritten, size
     columns = np.empty(0 if fused > 0 else width)
     k = np.full(fused * (5 * panel + APART) if fused > 0 else 5 * channels, like(dx))
     k_columns = np.full(fused * (5 * panel * inner + APART) if fused > 0 else 5 * width, like(dx))
-    w_room = rows_like(w, tiles, TERMS * strip_words(width, panel, inner, panels) * LANES)
+    w_room = rows_like(w, tiles, (TERMS * strip_words(width, panel, inner, panels) + 1) * LANES)
     if fused == 0:
         spread(point, ZERO, channels, inner, columns, ZERO, width)
     while True:

@@ -37,6 +37,7 @@ from .leaves import (
     settle,
     sum_group,
     weighted_pivot,
+    weighted_pivots,
 )
 
 FUSED, SUMS, WRITE = 0, 1, 2  # what a parallel region does with each of its tiles
@@ -154,7 +155,7 @@ def forward_runs(x, y, state, eps, count, measure, write, sizes, z, relu, w, ste
     pivot = np.empty(channels if phase == SUMS else 0)
     part = np.empty(pieces * 2 * channels if phase == SUMS else 0)
     k = np.full(tiles * (3 * group + APART) if phase == FUSED else 3 * channels, like(y))
-    w_room = rows_like(w, tiles, PIECE if phase == FUSED else min(SEGMENT, inner))
+    w_room = rows_like(w, tiles, (PIECE if phase == FUSED else min(SEGMENT, inner)) + LANES)
     if phase == SUMS:
         for c in range(channels):
             pivot[c] = run_pivot(x, c, outer, channels, inner, w, step)
@@ -227,8 +228,8 @@ def row_pivots(x, first, outer, stride, channels, inner, w, step, pivot, columns
     """
     compact()
     if w is not None:
-        for c in range(channels):
-            pivot[c] = weighted_pivot(x, w, step, first + c, outer, stride // inner, inner, PIVOT_ROWS)
+        all_channels = stride // inner
+        weighted_pivots(x, w, step, first, channels, outer, all_channels, inner, PIVOT_ROWS, pivot, sums, columns)
         return
     start, rows = first * inner, min(outer, -(-PIVOT_ROWS // inner))
     width = channels * inner
@@ -335,7 +336,7 @@ def forward_rows(x, y, state, eps, count, measure, write, sizes, z, relu, w, ste
     part = np.empty(2 * blocks * width if phase == SUMS else 0)
     k = np.full(fused * (3 * panel + APART) if fused > 0 else 3 * channels, like(y))
     k_columns = np.full(fused * (3 * panel * inner + APART) if fused > 0 else 3 * width, like(y))
-    w_room = rows_like(w, tiles, TERMS * strip_words(width, panel, inner, panels) * LANES)
+    w_room = rows_like(w, tiles, (TERMS * strip_words(width, panel, inner, panels) + 1) * LANES)
     if phase == SUMS:
         row_pivots(x, ZERO, outer, channels * inner, channels, inner, w, step, pivot, columns, part, sums)
     final = False

@@ -28,6 +28,7 @@ __all__ = [
     "compact",
     "element",
     "guarded",
+    "inlined",
     "inside",
     "like",
     "load",
@@ -42,6 +43,7 @@ __all__ = [
     "plus",
     "prefetch",
     "rectified",
+    "repeat",
     "row",
     "rows_like",
     "store",
@@ -257,6 +259,18 @@ def _move(context, to, j, a, i):
     def codegen(context, builder, signature, arguments):
         target, source = _address(context, builder, to, *arguments[:2]), _address(context, builder, a, *arguments[2:])
         value = _raw(context, builder, source, None)
+        whole = builder.bitcast(target, value.type.as_pointer())
+        builder.store(value, whole, align=context.get_abi_sizeof(target.type.pointee))
+        return context.get_dummy_value()
+
+    return types.void(to, types.intp, a, types.intp), codegen
+
+
+@intrinsic
+def _repeat(context, to, j, a, i):
+    def codegen(context, builder, signature, arguments):
+        target, source = _address(context, builder, to, *arguments[:2]), _address(context, builder, a, *arguments[2:])
+        value = _splat(builder, builder.load(source))
         whole = builder.bitcast(target, value.type.as_pointer())
         builder.store(value, whole, align=context.get_abi_sizeof(target.type.pointee))
         return context.get_dummy_value()
@@ -568,6 +582,11 @@ def _compact(context):
 
 
 @intrinsic
+def _inlined(context):
+    return _attribute("alwaysinline")
+
+
+@intrinsic
 def _apart(context):
     return _attribute("noinline")
 
@@ -578,6 +597,7 @@ if config.DISABLE_JIT:
         compact,
         element,
         guarded,
+        inlined,
         inside,
         like,
         load,
@@ -592,6 +612,7 @@ if config.DISABLE_JIT:
         plus,
         prefetch,
         rectified,
+        repeat,
         row,
         rows_like,
         store,
@@ -613,8 +634,8 @@ else:
     element = _element
     #: store(y, i, n, value): the first n lanes, rounded to y's dtype once.
     store = _store
-    #: move(to, j, a, i): to[j : j + 16] = a[i : i + 16], of one dtype.
-    move = _move
+    #: move(to, j, a, i): to[j : j + 16] = a[i : i + 16]; repeat(to, j, a, i): ... = a[i]; both of one dtype.
+    move, repeat = _move, _repeat
     #: only(value, n): the first n lanes, and 0 in the others.
     only = _only
     #: prefetch(x, i): bring a piece into the cache. Any i will do: an address outside of the array has no effect.
@@ -647,5 +668,7 @@ else:
     #: Called by a function of which there is to be one copy, not one in each caller. Numba has a parallel kernel
     #: optimized and translated four times, with all that it calls: compile time goes by their size.
     apart = _apart
-    #: The same, and its loops are to stay as they are written, not to be turned into vectors.
+    #: Called by a function that is to be part of every caller, even of a compact one.
+    inlined = _inlined
+    #: As `apart`, and its loops are to stay as they are written, not to be turned into vectors.
     compact = _compact

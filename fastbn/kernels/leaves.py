@@ -26,6 +26,7 @@ from .lanes import (
     apart,
     compact,
     element,
+    inlined,
     inside,
     load,
     load64,
@@ -38,6 +39,7 @@ from .lanes import (
     plus,
     prefetch,
     rectified,
+    repeat,
     store,
     times,
     total,
@@ -58,6 +60,7 @@ CANCELLED = 0.75
 @elementwise
 def ahead(k, row, step):
     """Where the values lie that come AHEAD after position k of a row: in this row, or in the next, `step` away."""
+    inlined()
     far = k + min(AHEAD, row)
     return far if far < row else far - row + step
 
@@ -65,6 +68,7 @@ def ahead(k, row, step):
 @elementwise
 def terms(x, i, n, pivot, w, j):
     """d = x - pivot of a piece, and w * d; 0 where the weight is."""
+    inlined()
     weight = load_weights(w, j, n)
     d = inside(only(minus(load64(x, i, n), pivot), n), weight)
     return d, times(d, weight)
@@ -73,6 +77,7 @@ def terms(x, i, n, pivot, w, j):
 @elementwise
 def normalize(x, i, step, y, j, n, centre, scale, shift, z, relu, word):
     """A piece of y from element j on, from those of x that lie `step` apart from i on."""
+    inlined()
     value = transformed(x, i, step, y, j, n, centre, scale, shift, z)
     store(y, j, n, rectified(value, relu, word, y))
 
@@ -80,6 +85,7 @@ def normalize(x, i, step, y, j, n, centre, scale, shift, z, relu, word):
 @elementwise
 def add_rows(x, a, stride, n, pivot, w, j, width, sums, s, q):
     """Add a piece of four rows to their column sums: a quarter of the loads and stores of these."""
+    inlined()
     da, ea = terms(x, a, n, pivot, w, j)
     db, eb = terms(x, a + stride, n, pivot, w, j + width)
     dc, ec = terms(x, a + 2 * stride, n, pivot, w, j + 2 * width)
@@ -91,6 +97,7 @@ def add_rows(x, a, stride, n, pivot, w, j, width, sums, s, q):
 @elementwise
 def add_row(x, a, n, pivot, w, j, sums, s, q):
     """Add a piece of one row to its column sums."""
+    inlined()
     d, e = terms(x, a, n, pivot, w, j)
     store(sums, s, n, plus(load64(sums, s, n), e))
     store(sums, q, n, muladd(e, d, load64(sums, q, n)))
@@ -100,31 +107,17 @@ def add_row(x, a, n, pivot, w, j, sums, s, q):
 
 
 @elementwise
-def run_weights(w, step, n, c, k, number, room):
-    """Set `room` to the weights of `number` elements of a run, from its k-th on.
-
-    The weight of sample n, channel c and element k is w[n * step[0] + c * step[1] + k * step[2]]. They are copied even
-    where they lie side by side: a leaf that hands out one of two arrays would have to count its references.
-    """
-    if w is not None:
-        at = n * step[0] + c * step[1] + k * step[2]
-        if step[2] == 0:
-            fill(room, 0, w[at], number)
-        else:
-            take(room, 0, w, at, number)
-
-
-@elementwise
-def fill(room, j, value, number):
-    """room[j : j + number] = value."""
-    apart()
-    for m in range(number):
-        room[j + m] = value
+def fill(room, j, w, i, number):
+    """room[j : j + number] = w[i], and up to LANES - 1 elements more."""
+    inlined()
+    for m in range(0, number, LANES):
+        repeat(room, j + m, w, i)
 
 
 @elementwise
 def take(room, j, w, i, number):
     """room[j : j + number] = w[i : i + number]; they never overlap, which LLVM cannot know."""
+    inlined()
     whole = number // LANES * LANES
     for m in range(0, whole, LANES):
         move(room, j + m, w, i + m)
@@ -133,19 +126,37 @@ def take(room, j, w, i, number):
 
 
 @elementwise
+def run_weights(w, step, n, c, k, number, room):
+    """Set `room` to the weights of `number` elements of a run, from its k-th on; it has LANES elements to spare.
+
+    The weight of sample n, channel c and element k is w[n * step[0] + c * step[1] + k * step[2]]. They are copied even
+    where they lie side by side: a leaf that hands out one of two arrays would have to count its references.
+    """
+    if w is not None:
+        at = n * step[0] + c * step[1] + k * step[2]
+        if step[2] == 0:
+            fill(room, 0, w, at, number)
+        else:
+            take(room, 0, w, at, number)
+
+
+@elementwise
 def row_weights(w, step, channels, inner, first, rows, stride, width, room):
-    """Set `room` to the weights of `rows` rows of `width` elements, `stride` apart, from element `first` on."""
+    """Set `room` to the weights of `rows` rows of `width` elements, `stride` apart, from element `first` on.
+
+    It has LANES elements to spare.
+    """
     if w is None:
         return
+    apart()
     row = channels * inner
     for r in range(rows):
-        i, j = first + r * stride, r * width
-        while j < (r + 1) * width:
-            n, rest = i // row, i % row
-            few = min(row - rest, (r + 1) * width - j)
-            at = n * step[0]
+        n, rest = (first + r * stride) // row, (first + r * stride) % row
+        j, end = r * width, (r + 1) * width
+        while j < end:
+            few, at = min(row - rest, end - j), n * step[0]
             if step[1] == 0 and step[2] == 0:
-                fill(room, j, w[at], few)
+                fill(room, j, w, at, few)
             elif step[1] == inner and step[2] == min(inner - 1, 1):  # a weight for every element
                 take(room, j, w, at + rest, few)
             else:
@@ -155,7 +166,7 @@ def row_weights(w, step, channels, inner, first, rows, stride, width, room):
                     k += 1
                     if k == inner:
                         c, k = c + 1, 0
-            i, j = i + few, j + few
+            n, rest, j = n + 1, 0, j + few
 
 
 @exact
@@ -181,6 +192,43 @@ def weighted_pivot(x, w, step, c, outer, channels, inner, most):
                 if seen == most:
                     return first + s / weights
     return first + s / weights if seen > 0 else np.float64(0.0)
+
+
+@exact
+def weighted_pivots(x, w, step, start, number, outer, channels, inner, most, pivot, sums, seen):
+    """`weighted_pivot` of `number` channels from `start` on, whose values lie in rows, which are walked in their order.
+
+    Rows without weight come first for nothing; of those that follow, four times as many as `most` values take are
+    looked at. `sums` has room for two numbers of each channel, `seen` for one.
+    """
+    compact()
+    for c in range(number):
+        pivot[c], sums[c], sums[number + c], seen[c] = 0.0, 0.0, 0.0, 0.0
+    found, left, n = 0, 4 * most, 0
+    while n < outer and left > 0 and found < number:
+        some = False
+        for c in range(number):
+            at = n * step[0] + (start + c) * step[1]
+            for k in range(inner if seen[c] < most else 0):
+                weight = np.float64(w[at + k * step[2]])
+                if weight > 0.0:
+                    some = True
+                    value = element(x, (n * channels + start + c) * inner + k)
+                    if seen[c] == 0.0:
+                        pivot[c] = value
+                    sums[c] += weight * (value - pivot[c])
+                    sums[number + c] += weight
+                    seen[c] += 1.0
+                    if seen[c] == most:
+                        found += 1
+                        break
+            if not some and step[1] == 0 and step[2] == 0:
+                break  # a row without weight
+        left -= 1 if some or left < 4 * most else 0
+        n += 1
+    for c in range(number):
+        if seen[c] > 0.0:
+            pivot[c] += sums[c] / sums[number + c]
 
 
 # ---------------------------------------------------------------------------------------------------------------- sums

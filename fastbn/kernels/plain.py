@@ -103,6 +103,11 @@ def move(to, j, a, i):
     _piece(to, j, LANES)[:] = _piece(a, i, LANES)
 
 
+def repeat(to, j, a, i):
+    """to[j : j + 16] = a[i]."""
+    _piece(to, j, LANES)[:] = a[i]
+
+
 def only(value, n):
     """The first n lanes, and 0 in the others."""
     return np.where(np.arange(LANES) < n, _lanes(value), 0)
@@ -196,6 +201,10 @@ def like(y):
 
 
 def apart():
+    """Nothing: a word to the compiler."""
+
+
+def inlined():
     """Nothing: a word to the compiler."""
 
 

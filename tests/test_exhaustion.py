@@ -84,13 +84,14 @@ gc.disable()  # so that a cycle of references would show as growth
 small, large = (rng.normal(size=shape).astype("float32") for shape in ((4, 8, 3, 3), (16, 64, 33, 33)))
 assert large.nbytes > fastbn._memory.POOLED
 bn, pooling = fastbn.BatchNorm(8), fastbn.BatchNorm(8, momentum=None)
-wide = fastbn.BatchNorm(64)
+wide, rectified = fastbn.BatchNorm(64, activation="relu"), fastbn.BatchNorm(8, activation="relu")
+mask = rng.random((4, 1, 3, 3)) < 0.8
 calls = [
     lambda: bn.train()(small),
     lambda: bn.backward(small),
     lambda: bn.eval()(small),
     lambda: pooling(small),
-    lambda: fastbn.batch_norm(small, bn.running_mean, bn.running_var),
+    lambda: (rectified(small, residual=small, where=mask), rectified.backward(small)),
     lambda: fastbn.update_running(bn.running_mean, bn.running_var, fastbn.moments(small)),
     lambda: bn.load_state_dict(bn.state_dict()),
     lambda: bn(large),
@@ -105,7 +106,7 @@ for i in range(100_000):
         if i % 100:
             calls[i % len(calls)]()
         else:
-            wide(large)
+            wide(large, residual=large)
             wide.backward(large)
     except ValueError:
         failing += 1

@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 import reference
 from arrays import HALVES
-from numba.core.registry import cpu_target
 from reference import WIDE
 from subprocesses import TESTS, run_python
 
@@ -243,4 +242,4 @@ def test_the_same_without_instructions_for_halves():
 
 @pytest.mark.skipif(AGAIN not in os.environ, reason="of the run without instructions for halves")
 def test_the_processor_converts_nothing():
-    assert not halves._converts(cpu_target.target_context)
+    assert not halves._converts()

@@ -7,10 +7,11 @@ differ by no more than fastbn's error budget (twice that for float64, in which P
 import warnings
 from types import SimpleNamespace
 
+import ml_dtypes
 import numpy as np
 import pytest
 import reference
-from arrays import FLOATS
+from arrays import FLOATS, HALVES
 from hypothesis import settings
 from strategies import PROFILE
 
@@ -73,8 +74,8 @@ def operator_samples():
         elif not op.dtypes:
             yield skipped("is for other devices than the CPU", id=op.full_name)
         for dtype in sorted(op.dtypes, key=str):
-            if dtype_name(dtype) not in FLOATS:
-                yield skipped(f"fastbn has no {dtype_name(dtype)} yet", id=f"{op.full_name}-{dtype_name(dtype)}")
+            if dtype_name(dtype) not in FLOATS + HALVES:
+                yield skipped(f"fastbn has no {dtype_name(dtype)}", id=f"{op.full_name}-{dtype_name(dtype)}")
                 continue
             for i, sample in enumerate(op.sample_inputs("cpu", dtype, requires_grad=True)):
                 yield pytest.param(op, sample, id=f"{op.full_name}-{dtype_name(dtype)}-{i}")
@@ -83,8 +84,8 @@ def operator_samples():
 def module_samples():
     for info in modules():
         for dtype in sorted(info.dtypes, key=str):
-            if dtype_name(dtype) not in FLOATS:
-                yield skipped(f"fastbn has no {dtype_name(dtype)} yet", id=f"{info.name}-{dtype_name(dtype)}")
+            if dtype_name(dtype) not in FLOATS + HALVES:
+                yield skipped(f"fastbn has no {dtype_name(dtype)}", id=f"{info.name}-{dtype_name(dtype)}")
                 continue
             for training in (True, False):
                 inputs = info.module_inputs_func(info, "cpu", dtype, requires_grad=True, training=training)
@@ -105,7 +106,22 @@ def module_errors():
 
 
 def array(tensor):
-    return None if tensor is None else tensor.detach().numpy().copy()
+    """A copy; NumPy has bfloat16 by way of ml_dtypes alone."""
+    if tensor is None:
+        return None
+    if tensor.dtype == torch.bfloat16:
+        return tensor.detach().contiguous().view(torch.uint16).numpy().view(ml_dtypes.bfloat16).copy()
+    return tensor.detach().numpy().copy()
+
+
+def double(a):
+    """A tensor in float64."""
+    return torch.from_numpy(a.astype(np.float64))
+
+
+def kept(a):
+    """A running statistic, which is float32 at least."""
+    return a.astype(reference.parameter_dtype(a.dtype))
 
 
 def wide(value):
@@ -166,7 +182,7 @@ def test_operators(rng, op, sample):
     tx, *targs = (wide(t) for t in (sample.input, *sample.args))
     outputs = op(tx, *targs, **sample.kwargs)
     ty = outputs if isinstance(outputs, torch.Tensor) else outputs[0]
-    ty.backward(torch.from_numpy(dy).double())
+    ty.backward(double(dy))
     theirs = bound(op, SimpleNamespace(args=targs, kwargs=sample.kwargs))
 
     if given.training:
@@ -194,6 +210,7 @@ def test_operators(rng, op, sample):
         assert_within(invstd, outputs[2], reference.tolerance(np.float64, invstd, invstd), "invstd")
     if given.running_mean is None or not x.size:
         return
+    old = [kept(a) for a in old]
     moved, momentum = [a.copy() for a in old], 1 - given.momentum
     if 0 <= momentum <= 1:
         fastbn.update_running(*moved, saved.moments, momentum=momentum)
@@ -231,14 +248,14 @@ def test_modules(rng, module, sample):
         for name, t in theirs.state_dict().items():
             if t.ndim:
                 drawn = rng.uniform(0.5, 2, t.shape) if name == "running_var" else rng.normal(size=t.shape)
-                t.copy_(torch.from_numpy(drawn.astype(x.dtype)))
+                t.copy_(double(drawn.astype(x.dtype)))
     old = {name: array(t) for name, t in theirs.state_dict().items()}
-    bn = layer_like(theirs, x.dtype).train(training)
+    bn = layer_like(theirs, reference.parameter_dtype(x.dtype)).train(training)
     bn.load_state_dict({NAMES.get(name, name): a for name, a in old.items()})
 
     tx = wide(tx)
     ty = theirs(tx)
-    ty.backward(torch.from_numpy(dy).double())
+    ty.backward(double(dy))
     y = bn(x, save=True)
     dx = bn.backward(dy)
     gamma, beta = old.get("weight"), old.get("bias")
@@ -257,7 +274,7 @@ def test_modules(rng, module, sample):
     if not theirs.track_running_stats:
         assert not {*STATISTICS, "num_batches_tracked"} & {*state, *theirs.state_dict()}
         return
-    found, before = ([kept[name] for name in STATISTICS] for kept in (state, old))
+    found, before = ([each[name] for name in STATISTICS] for each in (state, old))
     expected = [theirs.running_mean, theirs.running_var]
     if training and x.size:  # a simple average starts with the first batch
         assert_moved(found, expected, before, x, 1, 0.0 if bn.momentum is None else bn.momentum)

@@ -23,6 +23,7 @@ PLAIN = [
     "config",
     "dispatch",
     "errors",
+    "folding",
     "grid",
     "kernels",
     "layer",
@@ -31,6 +32,7 @@ PLAIN = [
     "memory",
     "messages",
     "moments",
+    "parts",
     "peers",
 ]
 RUNS = [
@@ -38,7 +40,7 @@ RUNS = [
         "NUMBA_DISABLE_JIT",
         [*PLAIN, "folders", "plain", "quota", "strangers", "tiles", "verbs"],
         "not (large or group-narrow or idle_memory or share_nothing or keeps_the_buffer or order_and_dtype or nobody"
-        " or wrong_result or test_table)",
+        " or wrong_result or test_table or do_not_depend or keras or torch or jax)",
     ),
     (
         "NUMBA_BOUNDSCHECK",

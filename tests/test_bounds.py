@@ -30,9 +30,9 @@ def test_an_index_out_of_bounds_is_an_error(inner, build):
     inference = getattr(forward.forward_runs if inner > 1 else forward.forward_rows, build)
     frozen = getattr(backward.backward_runs if inner > 1 else backward.backward_rows, build)
     with pytest.raises(IndexError, match="out of bounds"):
-        inference(x, np.empty_like(x), short, 1e-5, 1.0, False, True, sizes)
+        inference(x, np.empty_like(x), short, 1e-5, 1.0, False, True, sizes, *(None,) * (5 if inner > 1 else 4))
     with pytest.raises(IndexError, match="out of bounds"):
-        frozen(x, x, np.empty_like(x), np.ones((4, CHANNELS)), 1e-5, 1.0, grads, True, False, sizes)
+        frozen(x, x, np.empty_like(x), np.ones((4, CHANNELS)), 1e-5, 1.0, grads, True, False, sizes, *(None,) * 4)
 
 
 def test_the_kernels_were_compiled_in_this_run(rng):

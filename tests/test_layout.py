@@ -259,3 +259,11 @@ def test_the_sum_of_many_equal_weights_has_14_digits(shape):
     m = fastbn.moments(np.zeros(shape, "float32"), where=np.full(shape, 0.7))
     assert abs(float(Fraction(m.count[0]) / (Fraction(0.7) * n) - 1)) < 1e-14
     np.testing.assert_array_equal(m.count, m.count[0])
+
+
+def test_an_x_without_fixed_steps_goes_through_memory_of_its_own(rng):
+    """Rows of pictures lie between those of other pictures: no one step leads along a channel."""
+    x = rng.integers(0, 256, (4, 2, 5, 3), "uint8").transpose(1, 0, 2, 3)
+    out = np.empty((2, 3, 4, 5), "float32")
+    fastbn.batch_norm(x, 100, 50, axis=-1, out=out.transpose(0, 2, 3, 1))
+    np.testing.assert_array_equal(out.transpose(0, 2, 3, 1), fastbn.batch_norm(x.copy(), 100, 50, axis=-1))

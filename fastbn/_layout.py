@@ -152,11 +152,19 @@ class Weights(NamedTuple):
         0 where they do not vary.
     totals
         Their sum in each channel, float64.
+    exponent
+        None; or, where a sum is so large or small that what is computed with it would leave a dtype's range, `flat` and
+        `totals` are 2**-exponent times the weights given, which changes nothing but the range.
     """
 
     flat: Array
     step: npt.NDArray[np.int64]
     totals: Array
+    exponent: Array | None = None
+
+    def given(self, sums: Array) -> Array:
+        """Sums over weights, one a channel, as the weights given have them."""
+        return sums if self.exponent is None else np.ldexp(sums, self.exponent)
 
 
 def weights_of(w: Array, shape: Shape, axes: Shape, lay: Layout) -> Weights:
@@ -174,8 +182,15 @@ def weights_of(w: Array, shape: Shape, axes: Shape, lay: Layout) -> Weights:
     with np.errstate(all="ignore"):  # whether the sum is finite is checked
         totals = np.broadcast_to(_totals(view) * times, lay.channels).copy()
     step = [sides[1] * sides[2] * varies[0], sides[2] * varies[1], int(varies[2])]
+    exponent = None
+    if view.dtype.kind == "f" and ((totals > 0) & ((totals < 2.0**-64) | (totals > 2.0**64)) & (totals < np.inf)).any():
+        exponent = np.frexp(totals)[1]
+        own = -(exponent if varies[1] else exponent[:1])[:, None]
+        with np.errstate(all="ignore"):
+            view = np.ldexp(view.astype(np.float64), own).astype(view.dtype)
+        totals = np.ldexp(totals, -exponent)
     flat = _writable(view.reshape(-1))
-    return Weights(flat.view(np.uint8) if flat.dtype.kind == "b" else flat, np.array(step, np.int64), totals)
+    return Weights(flat.view(np.uint8) if flat.dtype.kind == "b" else flat, np.array(step, np.int64), totals, exponent)
 
 
 def _totals(view: Array) -> Array:

@@ -52,7 +52,7 @@ def batch_norm(
         max(0, .), and NaN where that is NaN.
     out : array of y's shape and dtype, optional
         Receives y. May be x itself, or `residual`; other overlap with what is read is refused. For an x of integers or
-        booleans it decides the dtype of y.
+        booleans it decides the dtype of y, and so that of dx.
 
     Returns
     -------
@@ -114,8 +114,9 @@ def batch_norm_train(
         x, which the backward could not recover.
     where : array that broadcasts to x's shape, optional
         Weights of the values in the statistics: booleans, or finite numbers of at least 0. The mean is
-        sum(where * x) / sum(where), and so on. A value of weight 0 is normalized, too, but whatever it is, NaN even,
-        it moves neither the statistics nor other gradients. A channel without weight has mean 0 and variance 0.
+        sum(where * x) / sum(where), and so on. A value of weight 0 moves no statistic, whatever it is. It is
+        normalized, too, and so its dy counts in the gradients (give it 0 if it is padding), unless the one or the other
+        is not finite. A channel without weight has mean 0 and variance 0.
 
     Returns
     -------
@@ -364,7 +365,7 @@ class Saved:
         """Values per channel, an int; with weights their sums, a float64 array."""
         if self._weights is None:
             return self._layout.per_channel
-        return self._weights.totals.reshape(self._layout.channel_shape).copy()
+        return self._weights.given(self._weights.totals).reshape(self._layout.channel_shape).copy()
 
     @property
     def mean(self) -> Array:
@@ -391,6 +392,9 @@ class Saved:
     def shared_moments(self) -> Moments:
         """`moments` of a forward that took them from x, without a copy."""
         mean, m2, _, _ = self._state
+        if self._weights is not None:
+            with np.errstate(all="ignore"):
+                m2 = self._weights.given(m2)
         if len(self._layout.channel_shape) != 1:
             mean, m2 = (a.reshape(self._layout.channel_shape) for a in (mean, m2))
         return Moments.trusted(self.count, mean, m2)

@@ -146,7 +146,8 @@ class BatchNorm:
             Added before the activation.
         where : array that broadcasts to x's shape, optional
             Weights of the values in the statistics, as in `batch_norm_train`. Where the running statistics normalize,
-            they change nothing.
+            they change nothing. Their sum takes the place of n: with ``correction=1`` the running variance moves in
+            channels where that is above 1.
         save : bool, optional
             Keep what `backward` needs (a reference to x) until the next call. By default in training only.
         out : array, optional

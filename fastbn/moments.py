@@ -202,8 +202,12 @@ def moments(x: npt.ArrayLike, *, axis: int | tuple[int, ...] = 1, where: npt.Arr
             run(kernels.forward.forward_runs, lay.size, *arguments, None)
         else:
             run(kernels.forward.forward_rows, lay.size, *arguments)
+    if w is not None:
+        with np.errstate(all="ignore"):
+            stats[1] = w.given(stats[1])
     mean, m2 = (s.reshape(lay.channel_shape) for s in stats)
-    return Moments.trusted(lay.per_channel if w is None else w.totals.reshape(lay.channel_shape), mean, m2)
+    total = lay.per_channel if w is None else w.given(w.totals).reshape(lay.channel_shape)
+    return Moments.trusted(total, mean, m2)
 
 
 def update_running(

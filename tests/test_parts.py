@@ -179,6 +179,21 @@ def test_the_grid_is_what_it_says():
         assert {LAYOUTS[c][0] for p, c in GRID if p.dtype == dtype} == {True, False}
 
 
+@pytest.mark.parametrize("scale", [1e-320, 1e-39, 1e45, 1e306])
+def test_the_unit_of_weights_does_not_matter(rng, scale):
+    """However far it is from 1: the sums stay in the range of what they are computed in."""
+    x, dy = rng.normal(3, 2, (8, 4, 5)).astype("float32"), rng.normal(size=(8, 4, 5)).astype("float32")
+    w = (rng.random((8, 1, 5)) < 0.7) * 1.0
+    y, saved = fastbn.batch_norm_train(x, where=w)
+    again, scaled = fastbn.batch_norm_train(x, where=w * scale)
+    np.testing.assert_allclose(again, y, atol=1e-5)
+    for a, b in zip(fastbn.batch_norm_backward(dy, scaled), fastbn.batch_norm_backward(dy, saved), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5 * abs(b).max())
+    for m in (scaled.moments, fastbn.moments(x, where=w * scale)):
+        np.testing.assert_allclose(m.count, saved.count * scale, rtol=1e-12)
+        np.testing.assert_allclose([m.mean, m.var()], [saved.mean, saved.var], rtol=1e-3 if scale < 1e-300 else 1e-12)
+
+
 @pytest.mark.parametrize("kind", WEIGHTS)
 @pytest.mark.parametrize("case", LAYOUTS, ids=str)
 def test_weights_of_every_shape(case, kind):

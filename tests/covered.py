@@ -46,7 +46,8 @@ RUNS = [
         {"NUMBA_BOUNDSCHECK": "1"},
         ["bounds", "folders", "kernels", "parts", "tiles", "verbs"],
         "bounds or folders or tiles or small and not float16 or read_only_inputs or half_is_rounded or images_to"
-        " or channel_without or layer_is_the_verbs and float32",
+        " or channel_without or layer_is_the_verbs and float32 or bfloat16-relu-residual-bool-runs-fused"
+        " or bfloat16-relu-residual-float-rows-fused",
     ),
     # How halves are converted depends on the processor: one without instructions for them, one without AVX-512.
     *(

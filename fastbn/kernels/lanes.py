@@ -75,9 +75,8 @@ class _LanesModel(models.PrimitiveModel):
 
 
 def _float(dtype):
-    if isinstance(dtype, types.Float):
-        return ir.DoubleType() if dtype == types.float64 else ir.FloatType()
-    return ir.IntType(16 if half_of(dtype) else 8)
+    floats = {types.float32: ir.FloatType(), types.float64: ir.DoubleType()}
+    return floats.get(dtype) or ir.IntType(16 if half_of(dtype) else 8)
 
 
 def _vector(dtype):
@@ -330,8 +329,6 @@ def _minus(context, a, b):
 
 @intrinsic
 def _plus(context, a, b):
-    if _absent(b):
-        return _unchanged(a, a, b)
     return _elementwise(lambda builder, a, b: builder.fadd(a, b), a, b)
 
 
@@ -641,7 +638,7 @@ else:
     #: prefetch(x, i): bring a piece into the cache. Any i will do: an address outside of the array has no effect.
     prefetch = _prefetch
     #: a - b, a + b, a * b, a * b + c (in one rounding where the processor can). A number stands for sixteen of it;
-    #: a + b and a * b are a where b is None.
+    #: a * b is a where b is None.
     minus, plus, times, muladd = _minus, _plus, _times, _muladd
     #: transformed(x, i, step, y, j, n, centre, scale, shift, z): (x - centre) * scale + shift + z of what becomes y
     #: from j on; the elements of x lie `step` apart from i on, side by side if that is None.

@@ -73,7 +73,8 @@ def load(x, i, n, y):
 def transformed(x, i, step, y, j, n, centre, scale, shift, z):
     """(x - centre) * scale + shift + z of a piece of y, from the elements of x that lie `step` apart."""
     value = _load(x, i, n, 1 if step is None else step, _computed(x.dtype, y.dtype))
-    return plus((value - centre) * scale + shift, load(z, j, n, y))
+    value = (value - centre) * scale + shift
+    return value if z is None else value + load(z, j, n, y)
 
 
 def load64(x, i, n):
@@ -124,7 +125,7 @@ def minus(a, b):
 
 def plus(a, b):
     """a + b."""
-    return a if b is None else a + b
+    return a + b
 
 
 def times(a, b):

@@ -12,7 +12,7 @@ import llvmlite
 import numba
 import numpy as np
 import pytest
-from subprocesses import ROOT, run_script
+from subprocesses import ROOT, run_python, run_script
 
 import fastbn
 from fastbn import _jit, kernels
@@ -429,3 +429,22 @@ def test_every_kernel_is_in_a_file_that_names_the_cache():
         found = [k for k in vars(module).values() if isinstance(k, _jit.Kernel)]
         assert found
         assert all(Path(k.body.__code__.co_filename).parent == folder for k in found)
+
+
+@pytest.mark.jit("nothing is compiled")
+def test_halves_of_two_processes_are_not_mixed_up(tmp_path):
+    """Each dtype is compiled in a process of its own, for large arrays, and then one process loads both."""
+    script = """
+import ml_dtypes, numpy as np, sys
+import fastbn
+v = np.random.default_rng(0).normal(3, 2, (4, 16, 50, 50))
+for name in sys.argv[1:]:
+    x = v.astype(name)
+    y = fastbn.batch_norm_train(x)[0].astype("float64")
+    x = x.astype("float64")
+    exact = (x - x.mean((0, 2, 3), keepdims=True)) / np.sqrt(x.var((0, 2, 3), keepdims=True) + 1e-5)
+    print(name, bool((abs(y - exact) <= abs(exact) * 2**-8).all()))
+"""
+    for names in (["float16"], ["bfloat16"], ["float16", "bfloat16"]):
+        printed = run_python("-c", script, *names, NUMBA_CACHE_DIR=str(tmp_path))
+        assert printed.splitlines() == [f"{name} True" for name in names]

@@ -9,8 +9,13 @@ import numpy as np
 
 LANES = 16
 
-CARRIERS = {name: np.dtype([(name, np.uint16)]) for name in ("float16", "bfloat16")}
-"""As what Numba, which has no half precision, sees an array of it: ``a.view(CARRIERS[a.dtype.name])``."""
+CARRIERS = {name: np.dtype([(name, np.uint16)], align=name == "bfloat16") for name in ("float16", "bfloat16")}
+"""As what Numba, which has no half precision, sees an array of it: ``a.view(CARRIERS[a.dtype.name])``.
+
+Only one is aligned, because Numba names compiled functions after that and a number of the record, which it counts anew
+in every process: code of the one and of the other, from two processes by way of the disk, had the same names, and the
+second that a process loaded ran the first.
+"""
 
 
 def _piece(a, i, n, step=1):

@@ -325,24 +325,14 @@ def _overlap(a: Array, b: Any) -> bool:
         return True
 
 
-def gradient(fn: str, value: Any, shape: tuple[int, ...]) -> Array:
-    """dy: the shape of y, floating."""
-    dy = array(fn, "dy", value)
-    if not floating(dy.dtype):
-        raise TypeError(f"{fn}: dy has dtype {dy.dtype}, expected one of {', '.join(FLOATS)}")
-    if dy.shape != shape:
-        raise ValueError(f"{fn}: dy has shape {dy.shape}, expected {shape}, the shape of x")
-    return dy
-
-
-def residual(fn: str, value: Any, shape: tuple[int, ...]) -> Array:
-    """A residual: the shape of x, floating."""
-    z = array(fn, "residual", value)
-    if not floating(z.dtype):
-        raise TypeError(f"{fn}: residual has dtype {z.dtype}, expected one of {', '.join(FLOATS)}")
-    if z.shape != shape:
-        raise ValueError(f"{fn}: residual has shape {z.shape}, expected {shape}, the shape of x")
-    return z
+def like_x(fn: str, name: str, value: Any, shape: tuple[int, ...]) -> Array:
+    """dy or a residual: the shape of x, floating."""
+    a = array(fn, name, value)
+    if not floating(a.dtype):
+        raise TypeError(f"{fn}: {name} has dtype {a.dtype}, expected one of {', '.join(FLOATS)}")
+    if a.shape != shape:
+        raise ValueError(f"{fn}: {name} has shape {a.shape}, expected {shape}, the shape of x")
+    return a
 
 
 def activation(fn: str, value: Any) -> bool:

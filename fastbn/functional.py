@@ -167,7 +167,8 @@ def batch_norm_train(
     state = _state(lay, gamma, beta)
     _check.more_than_one(fn, lay, x, axis)
     dtype = _check.result_dtype(x, out)
-    relu, z = _check.activation(fn, activation), None if residual is None else _check.residual(fn, residual, x.shape)
+    relu = _check.activation(fn, activation)
+    z = None if residual is None else _check.like_x(fn, "residual", residual, x.shape)
     w = None if where is None else _check.weights(fn, where, x.shape)
     overwritten = ""
     if out is not None:
@@ -265,7 +266,7 @@ def batch_norm_backward(dy: npt.ArrayLike, saved: "Saved", *, out: Array | None 
     if _form(x) != saved._seen:  # NumPy lets shape and dtype be set
         raise ValueError(f"{fn}: saved.x is {_form(x)}, expected {saved._seen} as in the forward: (shape, dtype)")
     dtype = saved._dtypes[0]
-    dy = _check.gradient(fn, dy, x.shape)
+    dy = _check.like_x(fn, "dy", dy, x.shape)
     w, bits = saved._weights, saved._bits
     if out is not None:
         reads = {"x": x, "dy": dy, "where": None if w is None else w.flat}
@@ -487,7 +488,8 @@ def frozen(
     gamma, beta = _parameters(fn, gamma, beta, lay, (x, axis))
     state = _state(lay, gamma, beta, mean, var)
     dtype = _check.result_dtype(x, out)
-    relu, z = _check.activation(fn, activation), None if residual is None else _check.residual(fn, residual, x.shape)
+    relu = _check.activation(fn, activation)
+    z = None if residual is None else _check.like_x(fn, "residual", residual, x.shape)
     if out is not None:
         reads = {"x": x, "mean": mean, "var": var, "gamma": gamma, "beta": beta, "residual": z}
         _check.out(fn, out, x.shape, dtype, ("x", "residual"), reads)

@@ -37,6 +37,7 @@ ORDER = [
     ["kernels.leaves"],
     ["kernels.lanes"],
     ["kernels.halves"],
+    ["kernels.llvm"],
     ["kernels.plain"],
     ["kernels.grid", "kernels"],
     ["_jit"],

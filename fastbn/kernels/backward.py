@@ -56,6 +56,7 @@ from .leaves import (
     add_up,
     ahead,
     inverse_std,
+    renewed,
     row_weights,
     run_weights,
     variance,
@@ -216,9 +217,11 @@ def sum_group(
                 ss, qq = load64(lanes, 2 * c * LANES, LANES), load64(lanes, (2 * c + 1) * LANES, LANES)
                 high = min(low + PIECE, start + inner)
                 whole = high - (high - low) % LANES
-                run_weights(w, step, n, j // inner + c, low - start, high - low, w_room)
-                if write and w is not None:
-                    run_weights(w, step, n, i // inner + c, low - start, high - low, w_room[PIECE:])
+                if w is not None:
+                    if renewed(step, inner, c, low - start):
+                        run_weights(w, step, n, j // inner + c, low - start, high - low, w_room)
+                        if write:
+                            run_weights(w, step, n, i // inner + c, low - start, high - low, w_room[PIECE:])
                 bits = c * words + (low - start) // LANES
                 for k in range(low, whole, LANES):
                     far = ahead(k, row, down)

@@ -9,15 +9,18 @@ float32 has fewer bits than it takes: there a value within 2**-24 of the middle 
 float16 is converted by the processor where it has instructions for that, else by arithmetic on the bits.
 
 Where float32 is sure to lead to the same half it is faster: sixteen lanes are half as many registers, and the rounding
-to odd falls away. Sure it is if a float32 value and the bound of its error has the same half at both ends (Ziv 1991,
+to odd falls away. Sure it is if both ends of the interval in which float32 is certain have the same half (Ziv 1991,
 "Fast evaluation of elementary mathematical functions with correctly rounded last bit"). Of float16, one piece of
-sixteen in thirty is not.
+sixteen in fifty is not.
 """
 
 from llvmlite import ir
 from numba import types
-from numba.core import cgutils
 from numba.core.registry import cpu_target
+
+from .llvm import absolute, call, fmuladd, splat
+
+HALF_DIGITS = {"float16": 11, "bfloat16": 8}
 
 # 2 to this power and below is stored as 0.
 _VANISHES = {"float16": -25, "bfloat16": -134}
@@ -72,13 +75,6 @@ def _vectors(value):
     return isinstance(value.type, ir.VectorType) and _has("+avx512f")
 
 
-def _call(builder, verb, result, arguments):
-    kind = ir.FunctionType(result, [a.type for a in arguments])
-    return builder.call(
-        cgutils.get_or_insert_function(builder.module, kind, f"llvm.x86.avx512.mask.{verb}.512"), arguments
-    )
-
-
 def single_pays(name):
     """Whether float32 may be computed with first: multiplying and adding is one rounding, and converting is cheap."""
     return _has("+fma") and (name != "float16" or _converts())
@@ -93,7 +89,8 @@ def from_half(builder, bits, name):
     """float32 from the bits of halves; exact."""
     single, word = _kind(bits, ir.FloatType()), _kind(bits, ir.IntType(32))
     if name == "float16" and _vectors(bits):
-        return _call(builder, "vcvtph2ps", single, [bits, ir.Constant(single, ir.Undefined), _ALL, ir.IntType(32)(4)])
+        given = [bits, ir.Constant(single, ir.Undefined), _ALL, ir.IntType(32)(4)]
+        return call(builder, "llvm.x86.avx512.mask.vcvtph2ps.512", single, given)
     if name == "float16" and _converts():
         return builder.fpext(builder.bitcast(bits, _kind(bits, ir.HalfType())), single)
     do = _Bits(builder, word)
@@ -115,7 +112,8 @@ def to_half(builder, value, name):
         value = to_single(builder, value)
     half = _kind(value, ir.IntType(16))
     if name == "float16" and _vectors(value):
-        return _call(builder, "vcvtps2ph", half, [value, ir.IntType(32)(0), ir.Constant(half, ir.Undefined), _ALL])
+        given = [value, ir.IntType(32)(0), ir.Constant(half, ir.Undefined), _ALL]
+        return call(builder, "llvm.x86.avx512.mask.vcvtps2ph.512", half, given)
     if name == "float16" and _converts():
         return builder.bitcast(builder.fptrunc(value, _kind(value, ir.HalfType())), half)
     do = _Bits(builder, word)
@@ -135,18 +133,64 @@ def to_half(builder, value, name):
     return builder.trunc(do.or_(do.choose(do.less(size, 0x47800000), finite, large), sign), half)
 
 
-def sure_half(builder, value, bound, name):
-    """The bits of the halves nearest to float32, and whether each lane's is the same wherever it lies in its bounds."""
-    ends = builder.fsub(value, bound), builder.fadd(value, bound)
+def likely_half(builder, x, digits, coefficients, z, name):
+    """The halves nearest to (x - centre) * scale + shift + z (None: 0), from float32, and whether all are sure.
+
+    `coefficients` are float64; x, whose values have so many binary `digits`, and z are lanes of float32. With m the
+    centre - shift / scale rounded to as many digits,
+
+        y = (x - m) * scale + rest        rest = (m - centre) * scale + shift
+
+    x is m, or so far from it that rest is at most half of the product: no digit cancels, and float32 comes within 6
+    roundings of y, relative to y. Both ends of that interval are computed; they cost one operation more than y alone.
+    Beside x's spacing, what float64 itself rounds is small if the centre is not 2**(28 - digits) times as large as m.
+    """
+    single, double = ir.FloatType(), ir.DoubleType()
+    centre, scale, shift = coefficients
+
+    exact = builder.fsub(centre, builder.fdiv(shift, scale))
+    high = builder.fmul(exact, double(2.0 ** (53 - digits) + 1))  # Dekker's splitting
+    m = builder.fsub(high, builder.fsub(high, exact))
+    rest = fmuladd(builder, builder.fsub(m, centre), scale, shift)
+    d = builder.fsub(x, splat(builder, builder.fptrunc(m, single), x.type.count))
+
+    def end(error):
+        factors = (builder.fptrunc(builder.fmul(v, double(1 + error)), single) for v in (scale, rest))
+        return fmuladd(builder, d, *(splat(builder, v, x.type.count) for v in factors))
+
+    if z is None:
+        low, high = end(-(2.0**-21)), end(2.0**-21)
+    else:
+        before = end(0)
+        value = builder.fadd(before, z)
+        bound = _constant(x.type, 2.0**-120)
+        for v, error in ((before, 2.0**-21), (value, 2.0**-23)):
+            bound = fmuladd(builder, absolute(builder, v), _constant(x.type, error), bound)
+        low, high = builder.fsub(value, bound), builder.fadd(value, bound)
+    half, is_sure = _half_of_both(builder, low, high, name)
+    # float32 has these coefficients, so that NaN comes of x and z alone, and no product is subnormal.
+    for v, least in ((centre, -1.0), (exact, -1.0), (scale, 2.0**-100), (shift, -1.0)):
+        size = absolute(builder, v)
+        is_sure = builder.and_(is_sure, builder.fcmp_ordered(">", size, double(least)))
+        is_sure = builder.and_(is_sure, builder.fcmp_ordered("<", size, double(2.0**100)))
+    far = builder.fmul(absolute(builder, exact), double(2.0 ** (28 - digits)))
+    return half, builder.and_(is_sure, builder.fcmp_ordered("<=", absolute(builder, centre), far))
+
+
+def _half_of_both(builder, low, high, name):
+    """The halves nearest to `low`, and whether those nearest to `high` are the same ones."""
+    count = low.type.count
     if name == "float16":
-        low, high = (to_half(builder, v, name) for v in ends)
+        a, b = (to_half(builder, v, name) for v in (low, high))
+        same = builder.icmp_unsigned("==", a, b)
     else:  # half up: between two ends with one half there is no middle of two, which would go to the even one
-        do = _Bits(builder, _kind(value, ir.IntType(32)))
-        low, high = (do.lshr(do.add(builder.bitcast(v, do.kind), 0x8000), 16) for v in ends)
-    every = ir.IntType(value.type.count)
-    same = builder.bitcast(builder.icmp_unsigned("==", low, high), every)
-    half = low if name == "float16" else builder.trunc(low, _kind(value, ir.IntType(16)))
-    return half, builder.icmp_unsigned("==", same, every(-1))
+        do = _Bits(builder, _kind(low, ir.IntType(32)))
+        a, b = (do.lshr(do.add(builder.bitcast(v, do.kind), 0x8000), 16) for v in (low, high))
+        large = builder.fcmp_ordered(">", absolute(builder, low), _constant(low.type, 2.0**-100))  # and no NaN
+        same = builder.and_(builder.icmp_unsigned("==", a, b), large)
+        a = builder.trunc(a, _kind(low, ir.IntType(16)))
+    every = ir.IntType(count)
+    return a, builder.icmp_unsigned("==", builder.bitcast(same, every), every(-1))
 
 
 def rectified_half(builder, bits, name):

@@ -19,7 +19,8 @@ from numba import config, types
 from numba.core import cgutils
 from numba.extending import intrinsic, models, register_model
 
-from .halves import from_half, half_of, rectified_half, single_pays, sure_half, to_half, vanishes
+from .halves import HALF_DIGITS, from_half, half_of, likely_half, rectified_half, single_pays, to_half, vanishes
+from .llvm import call, fmuladd, masked, splat
 from .plain import LANES
 
 __all__ = [
@@ -106,16 +107,9 @@ def _count(given, value):
 # ------------------------------------------------------------------------------------------------------------ vectors
 
 
-def _splat(builder, number):
-    """Sixteen of one number."""
-    lanes = ir.VectorType(number.type, LANES)
-    one = builder.insert_element(ir.Constant(lanes, ir.Undefined), number, WORD(0))
-    return builder.shuffle_vector(one, ir.Constant(lanes, ir.Undefined), ir.Constant(ir.VectorType(WORD, LANES), None))
-
-
 def _mask(builder, count):
     """True in the first `count` lanes."""
-    counts = _splat(builder, builder.trunc(count, WORD))
+    counts = splat(builder, builder.trunc(count, WORD), LANES)
     return builder.icmp_unsigned("<", ir.Constant(counts.type, list(range(LANES))), counts)
 
 
@@ -131,7 +125,7 @@ def _operand(context, builder, value, given, dtype):
     """Lanes of `dtype` from lanes or from a number, which goes to all of them."""
     if isinstance(given, Lanes):
         return _to(builder, value, dtype)
-    return _splat(builder, context.cast(builder, value, given, dtype))
+    return splat(builder, context.cast(builder, value, given, dtype), LANES)
 
 
 # --------------------------------------------------------------------------------------------------- loads and stores
@@ -144,15 +138,6 @@ def _address(context, builder, array_type, array, index):
     return builder.bitcast(address, ir.IntType(16).as_pointer()) if half_of(array_type.dtype) else address
 
 
-def _masked(builder, verb, stored, result, arguments):
-    """Call llvm.masked.load or llvm.masked.store for lanes of the type `stored`."""
-    names = {ir.FloatType(): "f32", ir.DoubleType(): "f64"}
-    element = names.get(stored) or f"i{stored.width}"
-    kind = ir.FunctionType(result, [a.type for a in arguments])
-    name = f"llvm.masked.{verb}.v{LANES}{element}.p0"
-    return builder.call(cgutils.get_or_insert_function(builder.module, kind, name), arguments)
-
-
 def _raw(context, builder, address, count):
     """The elements that lie at an address, as they are stored, and zeros after `count` of them."""
     stored = address.type.pointee
@@ -162,7 +147,7 @@ def _raw(context, builder, address, count):
     if count is None:
         return builder.load(whole, align=align)
     given = [whole, WORD(align), _mask(builder, count), ir.Constant(lanes, None)]
-    return _masked(builder, "load", stored, lanes, given)
+    return masked(builder, "load", lanes, lanes, given)
 
 
 def _raw_apart(builder, address, step, count):
@@ -247,7 +232,7 @@ def _store(context, y, i, n, value):
             builder.store(lanes, whole, align=align)
         else:
             given = [lanes, whole, WORD(align), _mask(builder, count)]
-            _masked(builder, "store", stored, ir.VoidType(), given)
+            masked(builder, "store", lanes.type, ir.VoidType(), given)
         return context.get_dummy_value()
 
     return types.void(*given), codegen
@@ -269,7 +254,7 @@ def _move(context, to, j, a, i):
 def _repeat(context, to, j, a, i):
     def codegen(context, builder, signature, arguments):
         target, source = _address(context, builder, to, *arguments[:2]), _address(context, builder, a, *arguments[2:])
-        value = _splat(builder, builder.load(source))
+        value = splat(builder, builder.load(source), LANES)
         whole = builder.bitcast(target, value.type.as_pointer())
         builder.store(value, whole, align=context.get_abi_sizeof(target.type.pointee))
         return context.get_dummy_value()
@@ -286,11 +271,10 @@ def _prefetch(context, x, i):
         byte = ir.IntType(8).as_pointer()
         address = _address(context, builder, x, *arguments)
         size = context.get_abi_sizeof(address.type.pointee)
-        kind = ir.FunctionType(ir.VoidType(), [byte, WORD, WORD, WORD])
-        function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
         for lane in range(0, LANES, max(1, LINE // size)):
             line = builder.bitcast(builder.gep(address, [WORD(lane)]), byte)
-            builder.call(function, [line, WORD(0), WORD(3), WORD(1)])  # to read, into the first level, data
+            how = WORD(0), WORD(3), WORD(1)  # to read, into the first level, data
+            call(builder, "llvm.prefetch.p0", ir.VoidType(), [line, *how])
         return context.get_dummy_value()
 
     return types.void(x, types.intp), codegen
@@ -309,13 +293,6 @@ def _elementwise(operation, *given):
         return operation(builder, *(_operand(context, builder, a, g, dtype) for a, g in pairs))
 
     return Lanes(dtype)(*given), codegen
-
-
-def _fmuladd(builder, a, b, c):
-    element = "f64" if isinstance(a.type.element, ir.DoubleType) else "f32"
-    kind = ir.FunctionType(a.type, [a.type] * 3)
-    name = f"llvm.fmuladd.v{LANES}{element}"
-    return builder.call(cgutils.get_or_insert_function(builder.module, kind, name), [a, b, c])
 
 
 def _unchanged(a, *others, at=0):
@@ -341,7 +318,7 @@ def _times(context, a, b):
 
 @intrinsic
 def _muladd(context, a, b, c):
-    return _elementwise(_fmuladd, a, b, c)
+    return _elementwise(fmuladd, a, b, c)
 
 
 @literally
@@ -375,10 +352,9 @@ def _total(context, a):
 # ------------------------------------------------------------------------------------------------------ the affine map
 
 
-def _abs(builder, value):
-    bits = ir.VectorType(ir.IntType(32), LANES)
-    size = builder.and_(builder.bitcast(value, bits), ir.Constant(bits, [0x7FFFFFFF] * LANES))
-    return builder.bitcast(size, value.type)
+def _digits(dtype):
+    """The bits that numbers of a dtype have at most."""
+    return HALF_DIGITS.get(half_of(dtype)) or (24 if isinstance(dtype, types.Float) else getattr(dtype, "bitwidth", 8))
 
 
 @literally
@@ -392,43 +368,25 @@ def _transformed(context, x, i, step, y, j, n, centre, scale, shift, z):
     quick = quick and single_pays(half)
 
     def codegen(context, builder, signature, arguments):
-        a, at, far, _, to, count, *k, b = arguments
-        address, count = _address(context, builder, x, a, at), _count(n, count)
+        array, at, far, _, to, count, *k, other = arguments
+        address, count = _address(context, builder, x, array, at), _count(n, count)
         raw = _raw(context, builder, address, count) if _absent(step) else _raw_apart(builder, address, far, count)
-        residual = None if _absent(z) else _raw(context, builder, _address(context, builder, z, b, to), count)
+        residual = None if _absent(z) else _raw(context, builder, _address(context, builder, z, other, to), count)
 
-        def compute(dtype, centre, scale, shift):
-            value = builder.fsub(_floats(builder, raw, x.dtype, dtype), centre)
-            before = _fmuladd(builder, value, scale, shift)
-            if residual is None:
-                return before, before
-            return before, builder.fadd(before, _floats(builder, residual, z.dtype, dtype))
-
-        def lanes(dtype, values):
+        def compute(dtype, values):
             kinds = centre, scale, shift
-            return [_operand(context, builder, v, g, dtype) for v, g in zip(values, kinds, strict=True)]
+            a, b, c = (_operand(context, builder, v, g, dtype) for v, g in zip(values, kinds, strict=True))
+            value = fmuladd(builder, builder.fsub(_floats(builder, raw, x.dtype, dtype), a), b, c)
+            return value if residual is None else builder.fadd(value, _floats(builder, residual, z.dtype, dtype))
 
         if not quick:
-            return compute(dtype, *lanes(dtype, k))[1]
-        single, double = ir.FloatType(), ir.DoubleType()
-        c, s, h = k
-        h = builder.fadd(h, builder.fmul(builder.fsub(builder.fpext(builder.fptrunc(c, single), double), c), s))
-        k32 = lanes(types.float32, (c, s, h))
-        before, value = compute(types.float32, *k32)
-        # Roundings of x - centre, scale, shift and the sum, by what they can be at most, and one more with a residual.
-        part = ir.Constant(value.type, [1.25 * 2.0**-22] * LANES)
-        bound = _fmuladd(builder, _abs(builder, k32[2]), part, ir.Constant(value.type, [2.0**-120] * LANES))
-        for v in (before,) if residual is None else (before, value):
-            bound = _fmuladd(builder, _abs(builder, v), part, bound)
-        likely, is_sure = sure_half(builder, value, bound, half)
-        # Coefficients that float32 has: then NaN comes of x and the residual alone, as it does in float64.
-        for number, least in ((c, -1.0), (s, 2.0**-100), (h, -1.0)):
-            size = builder.call(builder.module.declare_intrinsic("llvm.fabs", [double]), [number])
-            is_sure = builder.and_(is_sure, builder.fcmp_ordered(">", size, double(least)))
-            is_sure = builder.and_(is_sure, builder.fcmp_ordered("<", size, double(2.0**100)))
+            return compute(dtype, k)
+        values = _floats(builder, raw, x.dtype, types.float32)
+        added = None if residual is None else _floats(builder, residual, z.dtype, types.float32)
+        likely, is_sure = likely_half(builder, values, _digits(x.dtype), k, added, half)
         start = builder.block
         with cgutils.if_unlikely(builder, builder.not_(is_sure)):
-            exact = to_half(builder, compute(types.float64, *lanes(types.float64, k))[1], half)
+            exact = to_half(builder, compute(types.float64, k), half)
             end = builder.block
         result = builder.phi(likely.type)
         result.add_incoming(likely, start)

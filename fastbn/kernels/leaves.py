@@ -141,6 +141,13 @@ def run_weights(w, step, n, c, k, number, room):
 
 
 @elementwise
+def renewed(step, inner, c, k):
+    """Whether channel c of a group has other weights from element k of a run on than the piece before."""
+    inlined()
+    return step[1] != 0 or (step[2] != 0 and inner > PIECE) or (c == 0 and k == 0)
+
+
+@elementwise
 def row_weights(w, step, channels, inner, first, rows, stride, width, room):
     """Set `room` to the weights of `rows` rows of `width` elements, `stride` apart, from element `first` on.
 
@@ -455,7 +462,9 @@ def sum_group(x, y, i, j, outer, stride, inner, up, write, k3, z, relu, pivot, g
                 ss, qq = load64(lanes, 2 * c * LANES, LANES), load64(lanes, (2 * c + 1) * LANES, LANES)
                 high = min(low + PIECE, start + inner)
                 whole = high - (high - low) % LANES
-                run_weights(w, step, n, j // inner + c, low - start, high - low, w_room)
+                if w is not None:
+                    if renewed(step, inner, c, low - start):
+                        run_weights(w, step, n, j // inner + c, low - start, high - low, w_room)
                 for k in range(low, whole, LANES):
                     far = ahead(k, row, down)
                     prefetch(x, b + far)

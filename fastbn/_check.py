@@ -346,6 +346,15 @@ def activation(fn: str, value: Any) -> bool:
     return True
 
 
+def choice(fn: str, name: str, value: Any, of: Mapping[str, Any]) -> Any:
+    """What stands under one of the names in `of`."""
+    if not isinstance(value, str):
+        raise TypeError(f"{fn}: {name} is {shown(value)}, expected one of {', '.join(map(repr, of))}")
+    if value not in of:
+        raise ValueError(f"{fn}: {name} is {shown(value)}, expected one of {', '.join(map(repr, of))}")
+    return of[value]
+
+
 def weights(fn: str, value: Any, shape: tuple[int, ...]) -> Array:
     """Weights of the values of x: booleans, or finite numbers that are not negative; they broadcast to its shape."""
     w = array(fn, "where", value)

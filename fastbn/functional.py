@@ -158,41 +158,7 @@ def batch_norm_train(
     >>> saved.mean, saved.var
     (array([ 2., 20.]), array([  1., 100.]))
     """
-    fn = "batch_norm_train"
-    x = _check.array(fn, "x", x)
-    axes = _check.axes(fn, axis, x.shape)
-    lay = layout_of(x, axes)
-    eps = _check.eps(fn, eps)
-    gamma, beta = _parameters(fn, gamma, beta, lay, (x, axis))
-    state = _state(lay, gamma, beta)
-    _check.more_than_one(fn, lay, x, axis)
-    dtype = _check.result_dtype(x, out)
-    relu = _check.activation(fn, activation)
-    z = None if residual is None else _check.like_x(fn, "residual", residual, x.shape)
-    w = None if where is None else _check.weights(fn, where, x.shape)
-    overwritten = ""
-    if out is not None:
-        reads = {"x": x, "gamma": gamma, "beta": beta, "residual": z, "where": w}
-        overwritten = _check.out(fn, out, x.shape, dtype, ("x", "residual"), reads)
-        if overwritten == "x":
-            _check.invertible(fn, relu, z)
-    weights = None if w is None else weights_of(w, x.shape, axes, lay)
-    if weights is not None:
-        _check.total_weights(fn, weights.totals)
-    bits = np.empty(lay.whole.words, np.uint16) if relu else None
-    count = float(lay.per_channel) if weights is None else weights.totals
-    target = Target(x, dtype, lay, out)
-    if lay.size:
-        given = source(x, lay) if overwritten == "residual" else target.source(x, lay)
-        part = None if z is None else source(z, lay, dtype)
-        _forward(given, target.flat, state, eps, count, lay, part, bits, weights, measure=True)
-    y = target.finish()
-    saved = Saved(
-        np.asarray(y) if overwritten == "x" else x, lay, state, eps,
-        dtypes=(dtype, _dtype_of(gamma, dtype), _dtype_of(beta, dtype)), frozen=False,
-        overwritten=overwritten == "x", residual=z is not None, bits=bits, weights=weights,
-    )  # fmt: skip
-    return y, saved
+    return trained(x, gamma, beta, axis=axis, eps=eps, where=where, residual=residual, activation=activation, out=out)
 
 
 def batch_norm_backward(dy: npt.ArrayLike, saved: "Saved", *, out: Array | None = None) -> tuple[Array, ...]:
@@ -470,6 +436,58 @@ def _forward(
         run(kernels.forward.forward_runs, lay.size, *arguments, None)
     else:
         run(kernels.forward.forward_rows, lay.size, *arguments)
+
+
+def trained(
+    x: npt.ArrayLike,
+    gamma: npt.ArrayLike | None,
+    beta: npt.ArrayLike | None,
+    *,
+    axis: int | tuple[int, ...],
+    eps: float,
+    where: npt.ArrayLike | None,
+    residual: npt.ArrayLike | None,
+    activation: Literal["relu"] | None,
+    out: Array | None,
+    single: bool = False,
+) -> tuple[Array, "Saved"]:
+    """`batch_norm_train`; with `single` also of one value per channel, whose variance is 0."""
+    fn = "batch_norm_train"
+    x = _check.array(fn, "x", x)
+    axes = _check.axes(fn, axis, x.shape)
+    lay = layout_of(x, axes)
+    eps = _check.eps(fn, eps)
+    gamma, beta = _parameters(fn, gamma, beta, lay, (x, axis))
+    state = _state(lay, gamma, beta)
+    if not single:
+        _check.more_than_one(fn, lay, x, axis)
+    dtype = _check.result_dtype(x, out)
+    relu = _check.activation(fn, activation)
+    z = None if residual is None else _check.like_x(fn, "residual", residual, x.shape)
+    w = None if where is None else _check.weights(fn, where, x.shape)
+    overwritten = ""
+    if out is not None:
+        reads = {"x": x, "gamma": gamma, "beta": beta, "residual": z, "where": w}
+        overwritten = _check.out(fn, out, x.shape, dtype, ("x", "residual"), reads)
+        if overwritten == "x":
+            _check.invertible(fn, relu, z)
+    weights = None if w is None else weights_of(w, x.shape, axes, lay)
+    if weights is not None:
+        _check.total_weights(fn, weights.totals)
+    bits = np.empty(lay.whole.words, np.uint16) if relu else None
+    count = float(lay.per_channel) if weights is None else weights.totals
+    target = Target(x, dtype, lay, out)
+    if lay.size:
+        given = source(x, lay) if overwritten == "residual" else target.source(x, lay)
+        part = None if z is None else source(z, lay, dtype)
+        _forward(given, target.flat, state, eps, count, lay, part, bits, weights, measure=True)
+    y = target.finish()
+    saved = Saved(
+        np.asarray(y) if overwritten == "x" else x, lay, state, eps,
+        dtypes=(dtype, _dtype_of(gamma, dtype), _dtype_of(beta, dtype)), frozen=False,
+        overwritten=overwritten == "x", residual=z is not None, bits=bits, weights=weights,
+    )  # fmt: skip
+    return y, saved
 
 
 def frozen(

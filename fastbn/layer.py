@@ -7,7 +7,8 @@ import numpy as np
 import numpy.typing as npt
 
 from . import _check
-from .functional import Saved, batch_norm_backward, batch_norm_train, frozen
+from .conventions import CONVENTIONS
+from .functional import Saved, batch_norm_backward, frozen, trained
 from .moments import Moments, both_moved, moments, seen
 
 Array = npt.NDArray[Any]
@@ -77,6 +78,7 @@ class BatchNorm:
     """
 
     _names = ("gamma", "beta", "running_mean", "running_var")
+    _like: str | None = None  # the convention whose rules go beyond the arguments
 
     def __init__(
         self,
@@ -117,6 +119,49 @@ class BatchNorm:
         self.dresidual: Array | None = None
         self._pool = Moments.empty(shape)
         self._saved: Saved | None = None
+
+    @classmethod
+    def like(cls, system: str, channels: int | tuple[int, ...], **options: Any) -> Self:
+        """Make a layer that follows the rules of another system.
+
+        Parameters
+        ----------
+        system : str
+            "torch", "keras", "keras1", "tf.contrib", "onnx", "flax", "chainer", "caffe", "cs231n" or "paper".
+        channels : int or tuple of ints
+        **options
+            Arguments of `BatchNorm` that differ from that system's defaults, in fastbn's words: PyTorch's momentum 0.1
+            is 0.9 here, Keras's epsilon is `eps`.
+
+        Returns
+        -------
+        BatchNorm
+            With the system's axis, eps, momentum, correction, center, scale and first running values; and its rule for
+            one value per channel in training, and for running statistics that leave out what they start from (Caffe).
+
+        Raises
+        ------
+        ValueError
+            An unknown system.
+        TypeError
+            An option that `BatchNorm` has not.
+
+        Notes
+        -----
+        docs/reference/conventions.md has all values and their sources.
+
+        Examples
+        --------
+        >>> import fastbn
+        >>> fastbn.BatchNorm.like("keras", 64).momentum
+        0.99
+        """
+        convention = _check.choice("BatchNorm.like", "system", system, CONVENTIONS)
+        layer = cls(channels, **{**convention.options(), **options})
+        layer._like = system
+        if layer.running_mean is not None and layer.running_var is not None:
+            layer.running_mean[...], layer.running_var[...] = convention.running_mean, convention.running_var
+        return layer
 
     def train(self, mode: bool = True) -> Self:
         """Switch to training, or with False to evaluation; returns the layer."""
@@ -175,9 +220,9 @@ class BatchNorm:
                 if isinstance(out, np.ndarray):
                     _check.apart(fn, "out", out, "running_mean", mean)
                     _check.apart(fn, "out", out, "running_var", var)
-            y, saved = batch_norm_train(
+            y, saved = trained(
                 x, self.gamma, self.beta, axis=self.axis, eps=self.eps, where=where, residual=residual,
-                activation=self.activation, out=out,
+                activation=self.activation, out=out, single=self._like is not None and CONVENTIONS[self._like].single,
             )  # fmt: skip
             kept = saved if save else None
             if tracks and seen(saved.count):
@@ -358,14 +403,22 @@ class BatchNorm:
         return self
 
     def __repr__(self) -> str:
-        options = {
-            "axis": 1, "eps": 1e-5, "momentum": 0.9, "correction": 1, "track_running_stats": True, "activation": None,
+        own = {
+            "axis": self.axis, "eps": self.eps, "momentum": self.momentum, "correction": self.correction,
+            "center": self.beta is not None, "scale": self.gamma is not None,
+            "track_running_stats": self.track_running_stats, "activation": self.activation, "dtype": self.dtype.name,
         }  # fmt: skip
-        shown = [f"{k}={getattr(self, k)!r}" for k, default in options.items() if getattr(self, k) != default]
-        shown += [f"{k}=False" for k, a in (("center", self.beta), ("scale", self.gamma)) if a is None]
-        shown += [f"dtype={self.dtype.name!r}"] if self.dtype != np.float32 else []
-        channels = self.channels[0] if len(self.channels) == 1 else self.channels
-        return f"BatchNorm({', '.join([repr(channels), *shown])})"
+        usual = {
+            "axis": 1, "eps": 1e-5, "momentum": 0.9, "correction": 1, "center": True, "scale": True,
+            "track_running_stats": True, "activation": None, "dtype": "float32",
+        }  # fmt: skip
+        name, shown = "BatchNorm", []
+        if self._like is not None:
+            name, shown = "BatchNorm.like", [repr(self._like)]
+            usual.update(CONVENTIONS[self._like].options())
+        shown.append(repr(self.channels[0] if len(self.channels) == 1 else self.channels))
+        shown += [f"{k}={v!r}" for k, v in own.items() if v != usual[k]]
+        return f"{name}({', '.join(shown)})"
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_saved": None}  # a pickled or copied layer leaves the last batch behind
@@ -410,7 +463,14 @@ class BatchNorm:
         if self.momentum is None:
             pool = self._pool + saved.moments
             return self._of(pool, mean, var), pool
-        return both_moved(mean, var, saved.shared_moments(), self.momentum, self.correction), self._pool
+        m, momentum, correction = saved.shared_moments(), self.momentum, self.correction
+        if self._like is not None:
+            if CONVENTIONS[self._like].debias and momentum < 1.0:
+                t = self.num_batches_tracked + 1
+                momentum *= (1.0 - momentum ** (t - 1)) / (1.0 - momentum**t)
+            if isinstance(m.count, int):
+                correction = min(correction, m.count - 1)  # m / max(m - 1, 1)
+        return both_moved(mean, var, m, momentum, correction), self._pool
 
     def _of(self, pool: Moments, mean: Array, var: Array) -> tuple[Array, Array]:
         """The running statistics of a pool, in the dtypes of `mean` and `var`, which stay where it has none."""

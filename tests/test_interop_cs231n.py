@@ -67,6 +67,13 @@ def test_gradients(rng, mode, shape):
     assert_gradients(loss, (x, gamma, beta), backward(dout, cache))
 
 
+def test_no_sample_moves_nothing():
+    bn_param = {"mode": "train", "running_mean": np.ones(2), "running_var": np.ones(2)}
+    out, cache = cs231n.batchnorm_forward(np.empty((0, 2)), np.ones(2), np.zeros(2), bn_param)
+    assert out.shape == cs231n.batchnorm_backward(out, cache)[0].shape == (0, 2)
+    assert bn_param["running_mean"].tolist() == bn_param["running_var"].tolist() == [1, 1]
+
+
 def test_alt_is_the_same(rng):
     x, gamma, beta, dout = data(rng)
     _, cache = cs231n.batchnorm_forward(x, gamma, beta, {"mode": "train"})
@@ -180,6 +187,8 @@ def test_misuse_of_the_steps(rng):
     refused(lambda: stepwise.batchnorm_backward(dout, cache[:6]), fn, "cache", ValueError)
     refused(lambda: stepwise.batchnorm_backward(dout, None), fn, "cache", ValueError)
     refused(lambda: stepwise.batchnorm_backward(dout[1:], cache), fn, "dout", ValueError)
+    flat = (*cache[:2], cache[2][0], *cache[3:])
+    refused(lambda: stepwise.batchnorm_backward(dout, flat), fn, "xmu", ValueError)
     for i, name in enumerate(stepwise.NAMES):
         bad = list(cache)
         bad[i] = -1.0 if name == "eps" else np.ones((2, 2))

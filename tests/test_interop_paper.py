@@ -64,6 +64,10 @@ def test_the_note_says_when_they_differ_and_by_how_much(rng):
     assert f"up to {np.max(abs(uneven.mean_difference) / std):.2g} standard deviations" in uneven.note
 
 
+def test_the_note_of_what_cannot_be_compared():
+    assert "nan standard deviations" in paper.population([np.array([[np.nan], [1.0]])]).note
+
+
 def test_the_note_compares_the_means_with_those_of_random_batches(rng):
     """The ratio is F of an analysis of variance: near 1 for batches of one distribution, large for those that drift."""
     near, far = (batches(rng, (50,) * 40, drift) for drift in (0.0, 3.0))

@@ -85,7 +85,14 @@ class Update:
     """
 
     def __init__(self, name: str, step: Callable[[], None]) -> None:
-        self.name, self._step = name, step
+        self.name = name
+        self.step: Callable[[], None] | None = step
+
+    def run(self) -> None:
+        """Move; a second time nothing."""
+        step, self.step = self.step, None
+        if step is not None:
+            step()
 
     def __repr__(self) -> str:
         return f"Update({self.name!r})"
@@ -151,15 +158,22 @@ class Graph:
         """Append a value to a collection."""
         self._collections.setdefault(key, []).append(value)
 
+    def forget_updates(self) -> None:
+        """Take the updates that have run out of all collections."""
+        for values in self._collections.values():
+            values[:] = [v for v in values if not isinstance(v, Update) or v.step is not None]
+
     @contextlib.contextmanager
     def _unchanged_on_error(self) -> Iterator[None]:
         """Whatever is registered inside is forgotten if an error comes out."""
         variables, defaults, calls = dict(self.variables), dict(self._defaults), dict(self._calls)
-        collections = {key: list(values) for key, values in self._collections.items()}
+        lengths = {key: len(values) for key, values in self._collections.items()}
         try:
             yield
         except BaseException:
-            self.variables, self._defaults, self._calls, self._collections = variables, defaults, calls, collections
+            self.variables, self._defaults, self._calls = variables, defaults, calls
+            for key, values in self._collections.items():
+                del values[lengths.get(key, 0) :]
             raise
 
 
@@ -213,18 +227,16 @@ def run_updates(updates: Iterable[Update] | None = None) -> int:
     """
     graph = get_default_graph()
     pending = graph.get_collection(UPDATE_OPS) if updates is None else list(updates)
-    waiting = {id(u) for values in graph._collections.values() for u in values if isinstance(u, Update)}
     for u in pending:
         if not isinstance(u, Update):
             raise TypeError(f"run_updates: updates has one of type {type(u).__name__}, expected Update")
-        if id(u) not in waiting:
-            raise ValueError(
-                f"run_updates: updates has {u}, which has run already or is of another graph, expected others"
-            )
-    for u in pending:
-        for values in graph._collections.values():
-            values[:] = [v for v in values if v is not u]
-        u._step()
+        if u.step is None:
+            raise ValueError(f"run_updates: updates has {u}, which has run already, expected such that wait")
+    try:
+        for u in pending:
+            u.run()
+    finally:  # whatever came between: what has run waits no more
+        graph.forget_updates()
     return len(pending)
 
 
@@ -238,7 +250,8 @@ def variable_scope(
     ----------
     name_or_scope : str or None
     default_name : str, optional
-        Used for the name None, with "_1" and so on behind it the second time in a graph.
+        Used for the name None, with "_1" and so on behind it the second time. Counting starts again when a named scope
+        around it is left: opened again, with `reuse`, it has the same names.
     reuse : bool, AUTO_REUSE or None
         True: variables exist already. AUTO_REUSE: they are made if they do not. None or False: they are new, or as the
         scope around it says.
@@ -274,6 +287,8 @@ def variable_scope(
         yield full
     finally:
         graph._scopes.pop()
+        for key in [k for k in graph._defaults if k.startswith(f"{full}/")]:
+            del graph._defaults[key]
 
 
 def get_variable(
@@ -413,9 +428,9 @@ def batch_norm(
     ------
     ValueError
         data_format, rank or another value that is not listed; variables that exist, or do not, against `reuse`;
-        ``fused=True`` with batch_weights, renorm or param_regularizers (TensorFlow to 1.3 raises, later ones turn it
-        off); renorm with batch_weights, zero_debias_moving_mean or another updates_collections than UPDATE_OPS. The
-        graph stays as it was.
+        ``fused=True`` with batch_weights, renorm, param_regularizers or another rank than 2 or 4 (TensorFlow to 1.3
+        raises, later ones turn it off); renorm with batch_weights, zero_debias_moving_mean or another
+        updates_collections than UPDATE_OPS. The graph stays as it was.
     TypeError
         What is not numeric or of another type. The graph stays as it was.
 
@@ -425,8 +440,11 @@ def batch_norm(
 
     Notes
     -----
-    With renorm inputs are read once more: r and d need the statistics first. A batch whose weights are
-    all 0 moves nothing (in TensorFlow: to NaN).
+    The graph refers to the inputs of the last call of each scope, for `gradients`. A call without a scope makes a new
+    one each time, and new variables, unless a named `variable_scope` around it is opened again.
+
+    With renorm inputs are read once more: r and d need the statistics first. A batch whose weights are all 0 moves
+    nothing (in TensorFlow: to NaN).
 
     Examples
     --------
@@ -528,7 +546,7 @@ def batch_norm(
             if updates_collections is not None:
                 graph.add_to_collection(updates_collections, u)
             else:
-                u._step()
+                u.run()
     return outputs
 
 
@@ -641,6 +659,8 @@ def _fuses(fn: str, fused: Any, rank_fits: bool, weights: bool, renorm: bool, re
     if fused is not None:
         _check.flag(fn, "fused", fused)
     against = {"batch_weights": weights, "renorm": renorm, "param_regularizers": regularized}
+    if fused and not rank_fits:
+        raise ValueError(f"{fn}: fused is True and inputs have another rank than 2 or 4, expected fused=False or None")
     for name, given in against.items():
         if fused and given:
             raise ValueError(f"{fn}: fused is True with {name}, expected fused=False or None: it does not support them")

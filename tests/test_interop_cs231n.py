@@ -45,6 +45,18 @@ def test_steps_of_training_and_a_test_follow_the_formulas(rng, dtype):
     np.testing.assert_allclose(bn_param["running_mean"], mean, rtol=CLOSE[dtype])
 
 
+def test_running_statistics_are_as_wide_as_they_and_x(rng):
+    x, gamma, beta, _ = data(rng, dtype="float32")
+    for given, expected in ([0] * 5, "float32"), (np.zeros(5, "float32"), "float32"), (np.zeros(5), "float64"):
+        bn_param = {"mode": "train", "running_mean": given}
+        cs231n.batchnorm_forward(x, gamma, beta, bn_param)
+        assert bn_param["running_mean"].dtype == expected
+        np.testing.assert_allclose(bn_param["running_mean"], 0.1 * x.mean(0, dtype="float64"), rtol=1e-6)
+    bn_param = {"mode": "train", "running_var": np.zeros(5, "float32")}
+    cs231n.batchnorm_forward(x.astype("float64"), gamma, beta, bn_param)
+    assert bn_param["running_var"].dtype == "float64"
+
+
 def test_the_first_test_finds_zeros(rng):
     x, gamma, beta, _ = data(rng)
     bn_param = {"mode": "test"}

@@ -226,6 +226,7 @@ def test_activations(rng):
     with pytest.raises(OSError, match="no"):
         tf.batch_norm(x, activation_fn=broken, scope="c", updates_collections=None)
     assert "c/beta" not in tf.get_default_graph().variables
+    assert "c/beta" not in [v.name for v in tf.get_collection(tf.GLOBAL_VARIABLES)]
     with pytest.raises(OSError, match="no"):
         tf.batch_norm(x, activation_fn=broken, scope="b", reuse=True, updates_collections=None)
     assert not value("b/moving_mean").any()

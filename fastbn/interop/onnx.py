@@ -170,11 +170,11 @@ def from_onnx(
     ------
     ValueError
         A parameter that is not a constant, such as the result of a network, or of a wrong shape; a negative variance;
-        no node of that name; a file or bytes that are no model.
+        no node of that name; a file or bytes that are no model; an external file that cannot be read.
     TypeError
         Another type of model.
     FileNotFoundError
-        No such file, or external file.
+        No such file.
 
     Notes
     -----
@@ -186,7 +186,7 @@ def from_onnx(
     --------
     >>> import fastbn
     >>> from fastbn.interop.onnx import from_onnx, to_onnx
-    >>> from_onnx(to_onnx(fastbn.BatchNorm(3, correction=0), name="bn1"))
+    >>> from_onnx(to_onnx(fastbn.BatchNorm(3), (None, 3), name="bn1"))
     {'bn1': BatchNorm.like('onnx', 3, eps=9.999999747378752e-06, momentum=0.8999999761581421)}
     """
     fn = "from_onnx"
@@ -199,7 +199,7 @@ def from_onnx(
     opset = onnx.defs.onnx_opset_version()
     if isinstance(model, onnx.ModelProto):
         if model.functions:
-            model = onnx.inliner.inline_local_functions(model)
+            model = need("onnx.inliner", "onnx", __name__).inline_local_functions(model)
         opset = max((o.version for o in model.opset_import if o.domain in STANDARD), default=opset)
         model = model.graph
     if isinstance(model, onnx.NodeProto):
@@ -244,7 +244,10 @@ class _Constants:
         if isinstance(found, onnx.TensorProto):
             tensor = onnx.TensorProto()
             tensor.CopyFrom(found)  # into which an external file is read, if that is where the values are
-            return np.asarray(onnx.numpy_helper.to_array(tensor, self.folder))
+            try:
+                return np.asarray(onnx.numpy_helper.to_array(tensor, self.folder))
+            except Exception as error:  # what, depends on the version
+                raise ValueError(f"from_onnx: the values of {name!r} cannot be read: {error}") from error
         if not isinstance(found, onnx.NodeProto):
             return found
         values = [self(n) for n in found.input]
@@ -328,11 +331,11 @@ def _loaded(fn: str, model: Any, external: bool) -> Any:
 
 def to_onnx(
     layer: BatchNorm,
+    shape: tuple[int | str | None, ...],
     *,
     name: str = "batch_norm",
     opset: int = 15,
     dtype: npt.DTypeLike | None = None,
-    shape: tuple[int | str | None, ...] | None = None,
     training: bool = False,
 ) -> Any:
     """A model of one layer: an input x, the node, its initializers, an output y.
@@ -341,6 +344,8 @@ def to_onnx(
     ----------
     layer : BatchNorm
         With running statistics. Its activation becomes a node of its own.
+    shape : tuple
+        Of x; None or a str for a length that is not known: ``(None, 64, None, None)``.
     name : str
         Of the node, and what the names of its initializers begin with.
     opset : int
@@ -349,8 +354,6 @@ def to_onnx(
         Of x and y: float16, bfloat16 (from opset 14), float32 or float64. By default that of the layer. The parameters
         are in the layer's dtype where the opset lets them differ from x (mean and variance from 14, the others from
         15), else in this.
-    shape : tuple, optional
-        Of x; None or a str for a length that is not known. It can be left out where the layer's axis is 1.
     training : bool
         Whether the node is in training; by default it is not, whatever the layer's mode. The running statistics
         are outputs then, `name` + ".running_mean" and ".running_var" (up to opset 13 also ".saved_mean" and
@@ -367,10 +370,11 @@ def to_onnx(
     Raises
     ------
     ValueError
-        A layer without running statistics; axes that ONNX does not have; an unknown opset or dtype for it; a value
-        beyond the dtype; in training, ``momentum=None`` or ``correction=1``, which ONNX does not have.
+        A layer without running statistics; another shape than it takes; axes that ONNX does not have; an unknown opset
+        or dtype for it; a value beyond the dtype; in training, ``momentum=None`` or ``correction=1``, which ONNX does
+        not have.
     TypeError
-        `layer` is no BatchNorm; a dtype that is not floating.
+        `layer` is no BatchNorm; a dtype that is not floating; an argument of another type.
 
     Notes
     -----
@@ -452,23 +456,23 @@ def to_onnx(
 
 def _order(fn: str, layer: BatchNorm, opset: int, shape: Any) -> list[int] | None:
     """The order of x's axes that brings the channels to axis 1; None if they are there."""
-    axis = layer.axis if isinstance(layer.axis, tuple) else (layer.axis,)
-    if shape is not None:
-        if not isinstance(shape, (tuple, list)):
-            raise TypeError(f"{fn}: shape is {_check.shown(shape)}, expected a tuple")
-        axis = _check.axes(fn, axis, tuple(shape))
-        if any(isinstance(shape[a], int) and shape[a] != n for a, n in zip(axis, layer.channels, strict=True)):
-            raise ValueError(f"{fn}: shape is {_check.shown(shape)}, expected the layer's channels {layer.channels}")
-    if len(axis) == 1 and axis[0] == 1:
-        return None
-    if len(axis) == 1:
-        if shape is None or len(shape) < 2:
-            raise ValueError(f"{fn}: layer has axis={layer.axis}, expected 1, or the shape of x, of two axes or more")
+    expected = "a tuple of lengths: ints, or None or a str where one is not known"
+    if not isinstance(shape, (tuple, list)) or not all(n is None or isinstance(n, (str, int)) for n in shape):
+        raise TypeError(f"{fn}: shape is {_check.shown(shape)}, expected {expected}")
+    if any(isinstance(n, int) and n < 0 for n in shape):
+        raise ValueError(f"{fn}: shape is {_check.shown(shape)}, expected {expected}")
+    axis = _check.axes(fn, layer.axis, tuple(shape))
+    if any(isinstance(shape[a], int) and shape[a] != n for a, n in zip(axis, layer.channels, strict=True)):
+        raise ValueError(f"{fn}: shape is {_check.shown(shape)}, expected the layer's channels {layer.channels}")
+    if len(axis) == 1 and len(shape) > 1:
         order = [a for a in range(len(shape)) if a != axis[0]]
         order.insert(1, axis[0])
-        return order
-    if sorted(axis) != list(range(1, 1 + len(axis))) or not axis or (shape is not None and len(shape) != 1 + len(axis)):
-        raise ValueError(f"{fn}: layer has axis={layer.axis}, expected one, or all axes of x but the first")
+        return order if axis[0] != 1 else None
+    if not axis or axis != tuple(range(1, len(shape))):
+        raise ValueError(
+            f"{fn}: layer has axis={layer.axis} for a shape of {len(shape)} axes, expected one of two axes or more, or "
+            f"all but the first"
+        )
     if opset >= 9:
         raise ValueError(
             f"{fn}: layer has axis={layer.axis} with opset={opset}, expected one axis, or opset 8 or lower: "

@@ -15,9 +15,10 @@ import reference
 onnx = pytest.importorskip("onnx", reason="ONNX is not installed: its tests come with it")
 runtime = pytest.importorskip("onnxruntime", reason="ONNX Runtime is not installed: it runs the other operators")
 
-import onnx_op  # noqa: E402
 from onnx.reference import ReferenceEvaluator  # noqa: E402
 from onnx.reference.op_run import OpRun  # noqa: E402
+
+from fastbn.interop import onnx as ours  # noqa: E402
 
 
 def nodes(model):
@@ -66,7 +67,7 @@ def through_fastbn():
     """The operator, which checks every result; and the names of the outputs that it has computed."""
     names = []
 
-    class BatchNormalization(onnx_op.BatchNormalization):
+    class BatchNormalization(ours.BatchNormalization):
         def _run(self, x, scale, bias, mean, var, **attributes):
             results = super()._run(x, scale, bias, mean, var, **attributes)
             axis = 1 if attributes.get("spatial", 1) else tuple(range(1, x.ndim))

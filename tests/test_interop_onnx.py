@@ -313,6 +313,18 @@ def test_outputs_without_a_name_are_left_out(rng, opset):
     check_inference(y, arrays)
 
 
+@pytest.mark.parametrize("opset", [14, 15])
+def test_the_attribute_decides_from_opset_14_on(rng, opset):
+    """Not the number of outputs: the evaluator takes a node in training whose running statistics nobody wants."""
+    arrays = drawn(rng, (4, 3, 5))
+    model = model_of(opset, arrays, True, outputs=["y"])
+    (y,) = ReferenceEvaluator(model, new_ops=[BatchNormalization]).run(None, fed(arrays))
+    expected = reference.train(*arrays[:3], eps=EPS)
+    reference.assert_within(y, expected.y, expected.budget, "y ")
+    (layer,) = from_onnx(model, weights=dict(zip(NAMES[1:], arrays[1:], strict=True))).values()
+    assert layer.training
+
+
 def test_outputs_of_training_without_training(rng):
     arrays = drawn(rng, (4, 3, 5))
     model = model_of(15, arrays, False, outputs=TRAINED[:3], name="bn1")
@@ -445,6 +457,9 @@ def test_onnx_runtime_computes_what_the_layer_does(rng, runtime, case, opset):
     layer = filled(rng, 3, **options)
     x = rng.normal(1, 2, shape).astype(layer.dtype)
     model = to_onnx(layer, known, opset=opset)
+    turned = "axis" in options and case != "the last of two axes"
+    wanted = ["Transpose"] * turned + ["BatchNormalization"] + ["Relu"] * ("activation" in options)
+    assert [n.op_type for n in model.graph.node] == wanted + ["Transpose"] * turned
     y, (theirs,) = layer.eval()(x), session(runtime, model).run(None, {"x": x})
     parameters = layer.running_mean, layer.running_var, *(1 if a is None else a for a in (layer.gamma, layer.beta))
     moved = [abs(reference.spread(p, x, layer.axis)) for p in parameters]
@@ -524,6 +539,16 @@ def with_parameters(layer, how, name="bn1"):
         nodes, "one", [info("x", np.float32, (4, 3))], [info("y", np.float32, (4, 3))], initializers
     )
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=8)
+
+
+@pytest.mark.parametrize("wide", NAMES[1:])
+def test_one_parameter_in_float64_makes_the_layer_float64(rng, wide):
+    layer = filled(rng, 3)
+    (found,) = from_onnx(
+        with_parameters(layer, lambda n, a: ([], [numpy_helper.from_array(a.astype("f8" if n == wide else "f4"), n)]))
+    ).values()
+    assert found.dtype == np.float64
+    np.testing.assert_array_equal(found.running_mean, layer.running_mean)
 
 
 def constant(name, a):

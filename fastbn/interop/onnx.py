@@ -243,7 +243,7 @@ class _Constants:
         found = self.known.get(name)
         if isinstance(found, onnx.TensorProto):
             tensor = onnx.TensorProto()
-            tensor.CopyFrom(found)  # into which an external file is read, if that is where the values are
+            tensor.CopyFrom(found)  # older versions read an external file into it
             try:
                 return np.asarray(onnx.numpy_helper.to_array(tensor, self.folder))
             except Exception as error:  # what, depends on the version

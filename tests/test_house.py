@@ -54,8 +54,9 @@ def module_name(path):
 
 
 MODULES = {module_name(p): p for p in sorted(PACKAGE.rglob("*.py"))}
-# One line for all of the folder: none of them knows another.
-RANK |= {name: RANK["interop"] for name in MODULES if name.startswith("interop.") and name not in RANK}
+# One line for all of the folder, and one for what they share: none of them knows another.
+SHARED = {name: RANK["interop._need"] for name in MODULES if name.startswith("interop._")}
+RANK = {name: RANK["interop"] for name in MODULES if name.startswith("interop.")} | RANK | SHARED
 
 
 def imports(source, folder=()):

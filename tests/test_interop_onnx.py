@@ -33,8 +33,13 @@ def runtime():
     return pytest.importorskip("onnxruntime", reason="ONNX Runtime is not installed: nothing to compare with")
 
 
+FLOATS = ["float16", "float32", "float64"]
+if tuple(map(int, onnx.__version__.split(".")[:2])) >= (1, 19):  # the first that has NumPy's
+    FLOATS.append("bfloat16")
+
+
 def dtypes(opset):
-    return ("float16", "bfloat16", "float32", "float64") if opset >= 14 else ("float16", "float32", "float64")
+    return [d for d in FLOATS if d != "bfloat16" or opset >= 14]
 
 
 def dtype_of(name):
@@ -197,8 +202,7 @@ def test_float16_as_in_onnx_runtime(rng, runtime, training):
 @pytest.mark.parametrize("opset", [14, 15])
 def test_dtypes_of_their_own(rng, opset, training):
     """From opset 14 on that of mean and variance may differ from that of x, from 15 on that of scale and B, too."""
-    every = ("float16", "bfloat16", "float32", "float64")
-    for of_x, of_scale, of_mean in itertools.product(every, every if opset >= 15 else [None], every):
+    for of_x, of_scale, of_mean in itertools.product(FLOATS, FLOATS if opset >= 15 else [None], FLOATS):
         arrays = drawn(rng, (3, 2, 4), of_x, of_scale=of_scale, of_mean=of_mean)
         found = through_fastbn(model_of(opset, arrays, training), arrays)
         if training:
@@ -769,6 +773,15 @@ def layer_of(channels=3, *, at=None, **options):
 def test_bad_calls_of_to_onnx(layer, options, error, message):
     with pytest.raises(error, match="to_onnx: " + message):
         to_onnx(layer, **{"shape": (None, 3), **options})
+
+
+def test_a_dtype_that_this_onnx_does_not_have(monkeypatch):
+    def unknown(dtype):
+        raise KeyError(dtype)
+
+    monkeypatch.setattr(helper, "np_dtype_to_tensor_dtype", unknown)
+    with pytest.raises(ValueError, match=r"to_onnx: dtype is float16, expected another, or onnx 1\.19; this is"):
+        to_onnx(fastbn.BatchNorm(3), (None, 3), dtype="float16")
 
 
 def test_bfloat16_before_opset_14():

@@ -351,9 +351,9 @@ def to_onnx(
     opset : int
         6 or higher; ONNX Runtime starts at 7.
     dtype : dtype, optional
-        Of x and y: float16, bfloat16 (from opset 14), float32 or float64. By default that of the layer. The parameters
-        are in the layer's dtype where the opset lets them differ from x (mean and variance from 14, the others from
-        15), else in this.
+        Of x and y: float16, bfloat16 (from opset 14 and onnx 1.19 on), float32 or float64. By default that of the
+        layer. The parameters are in the layer's dtype where the opset lets them differ from x (mean and variance from
+        14, the others from 15), else in this.
     training : bool
         Whether the node is in training; by default it is not, whatever the layer's mode. The running statistics
         are outputs then, `name` + ".running_mean" and ".running_var" (up to opset 13 also ".saved_mean" and
@@ -393,6 +393,12 @@ def to_onnx(
         raise TypeError(f"{fn}: dtype is {of_x}, expected one of {', '.join(_check.FLOATS)}")
     if of_x.name == "bfloat16" and opset < 14:
         raise ValueError(f"{fn}: dtype is bfloat16 with opset={opset}, expected another, or opset 14 or higher")
+    try:
+        onnx.helper.np_dtype_to_tensor_dtype(of_x)
+    except Exception as error:  # a KeyError or a ValueError
+        raise ValueError(
+            f"{fn}: dtype is {of_x}, expected another, or onnx 1.19; this is {onnx.__version__}"
+        ) from error
     training = _check.flag(fn, "training", training)
     if layer.running_mean is None or layer.running_var is None:
         raise ValueError(f"{fn}: layer keeps no running statistics, expected a layer with track_running_stats=True")

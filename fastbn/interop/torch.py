@@ -163,10 +163,11 @@ class _OnFastbn:
         return f"fastbn.{type(self).__name__}"
 
     def __prepare_scriptable__(self: Any) -> Module:
-        """What `torch.jit.script` compiles: PyTorch's own module with the same parameters and buffers."""
-        own = _THEIRS[type(self)].__new__(_THEIRS[type(self)])
-        own.__dict__.update(self.__dict__)
-        return own
+        """Refuse `torch.jit.script`, which would put what is given here in this module's place in the model."""
+        raise RuntimeError(
+            f"{type(self).__name__}: torch.jit.script cannot compile it; expected PyTorch's own, which "
+            "fastbn.interop.torch.revert(model) brings back"
+        )
 
 
 def _transformed(input: Tensor) -> bool:
@@ -237,9 +238,9 @@ def convert(model: Module) -> Module:
     **Gradients** come from a `torch.autograd.Function`: first derivatives only, also in evaluation; a second one
     raises RuntimeError. The kernel computes those of input, weight and bias together, whichever are needed.
 
-    **Where PyTorch transforms the program** (`torch.compile`, `torch.export`, `torch.jit.script` and `trace`,
-    `torch.func` with vmap), and for subclasses of tensors and other layouts than strided, PyTorch's own batch norm
-    computes. `torch.fx.symbolic_trace` fails: revert before.
+    **Where PyTorch transforms the program** (`torch.compile`, `torch.export`, `torch.jit.trace`, `torch.func` with
+    vmap), and for subclasses of tensors and other layouts than strided, PyTorch's own batch norm computes.
+    `torch.jit.script` and `torch.fx.symbolic_trace` fail: revert before.
 
     Statistics are float64 and so results differ from PyTorch's by the rounding of its own. Unlike PyTorch's a module
     that raises has not counted the batch, and a change of weight in place before the backward does no harm.

@@ -2,8 +2,8 @@
 
 The network is that of He et al. 2015, arXiv:1512.03385, with random weights, on random images. Two copies of it take
 turns, one of them converted by `fastbn.interop.torch.convert`; a step is forward, loss, backward and SGD. Printed are
-the medians of each, the median of the ratio of neighbouring steps, and the share of batch norm, which is what a step
-takes less when its batch norms are left out. Both must find the same losses.
+medians: of the step, of the time within its batch norms (by hooks on the modules and on their nodes in the graph), and
+of the ratios of neighbouring steps, with the least and the largest. Both must find the same losses.
 
     python docs/examples/torch_resnet18.py
     OMP_WAIT_POLICY=passive python docs/examples/torch_resnet18.py --batch 16 --channels-last
@@ -61,45 +61,52 @@ def resnet18(width=64):
     )  # fmt: skip
 
 
-def without_batch_norm(model):
-    """The model itself, its batch norms replaced by what does nothing."""
-    for module in list(model.modules()):
-        for name, child in module.named_children():
-            if isinstance(child, nn.BatchNorm2d):
-                setattr(module, name, nn.Identity())
-    return model
-
-
 class Trained:
-    """A model and its optimizer on one batch."""
+    """A model and its optimizer on one batch, with a watch on its batch norms: the seconds in them, there and back."""
 
-    def __init__(self, model, x, labels, lr=0.01):
+    def __init__(self, model, x, labels):
         self.model, self.x, self.labels = model, x, labels
-        self.optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9)
+        self.optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+        self.forward = self.backward = self.since = 0.0
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.register_forward_pre_hook(self._begin)
+                module.register_forward_hook(self._forward_done)
 
     def step(self):
-        """The loss before the step, and the seconds of the step."""
+        """The loss before the step, and the seconds of the step, in batch norm's forward and in its backward."""
+        self.forward = self.backward = 0.0
         start = time.perf_counter()
         self.optimizer.zero_grad()
         loss = F.cross_entropy(self.model(self.x), self.labels)
         loss.backward()
         self.optimizer.step()
-        return loss.item(), time.perf_counter() - start
+        return loss.item(), (time.perf_counter() - start, self.forward, self.backward)
+
+    def _begin(self, *_):
+        self.since = time.perf_counter()
+
+    def _forward_done(self, module, given, y):
+        self.forward += time.perf_counter() - self.since
+        y.grad_fn.register_prehook(self._begin)
+        y.grad_fn.register_hook(self._backward_done)
+
+    def _backward_done(self, *_):
+        self.backward += time.perf_counter() - self.since
 
 
 def measure(batch, side, width, rounds, channels_last):
-    """{which: [losses], [seconds]}, after a step that is not counted."""
+    """{which: [losses]}, {which: [(seconds of a step, of the forward of its batch norms, of their backward)]}.
+
+    The seconds are without those of a first step.
+    """
     torch.manual_seed(0)
     model, x = resnet18(width), torch.randn(batch, 3, side, side)
     if channels_last:
         model, x = (a.to(memory_format=torch.channels_last) for a in (model, x))
     labels = torch.randint(CLASSES, (batch,))
-    converted, bare = convert(copy.deepcopy(model)), without_batch_norm(copy.deepcopy(model))
-    trained = {
-        "PyTorch": Trained(model, x, labels),
-        "fastbn": Trained(converted, x, labels),
-        "no batch norm": Trained(bare, x, labels, lr=0.0),  # it would diverge
-    }
+    converted = convert(copy.deepcopy(model))
+    trained = {"PyTorch": Trained(model, x, labels), "fastbn": Trained(converted, x, labels)}
     losses, seconds = {which: [] for which in trained}, {which: [] for which in trained}
     for i in range(rounds + 1):
         for which, t in trained.items():
@@ -132,17 +139,17 @@ def main(argv=None):
     torch.set_num_threads(fastbn.get_num_threads())
     losses, seconds = measure(options.batch, options.side, width, options.rounds, options.channels_last)
 
-    bare = seconds["no batch norm"]
-    head = ["batch norm", "step, s", "of that batch norm, s", "share", "step / PyTorch's", "batch norm / PyTorch's"]
-    own = {which: median(a - b for a, b in zip(s, bare, strict=True)) for which, s in seconds.items()}
+    head = ["batch norm", "step, s", "its forward, ms", "its backward, ms", "share", "its time / PyTorch's"]
+    head += ["step / PyTorch's", "from", "to"]
     rows = []
-    for which in ("PyTorch", "fastbn"):
-        whole = median(seconds[which])
-        ratio = median(a / b for a, b in zip(seconds[which], seconds["PyTorch"], strict=True))
-        part = own[which] / own["PyTorch"]
-        rows.append(
-            [which, f"{whole:.3f}", f"{own[which]:.3f}", f"{own[which] / whole:.0%}", f"{ratio:.2f}", f"{part:.2f}"]
-        )
+    for which, found in seconds.items():
+        whole, forward, backward = (median(s) for s in zip(*found, strict=True))
+        pairs = list(zip(found, seconds["PyTorch"], strict=True))
+        steps = [own[0] / other[0] for own, other in pairs]
+        parts = [(own[1] + own[2]) / (other[1] + other[2]) for own, other in pairs]
+        row = [which, f"{whole:.3f}", f"{forward * 1e3:.1f}", f"{backward * 1e3:.1f}"]
+        row += [f"{median((f + b) / s for s, f, b in found):.0%}", f"{median(parts):.2f}"]
+        rows.append([*row, *(f"{r:.2f}" for r in (median(steps), min(steps), max(steps)))])
     shape = f"{options.batch} x 3 x {options.side} x {options.side}"
     order = "channels_last" if options.channels_last else "contiguous"
     wait = os.environ.get("OMP_WAIT_POLICY", "not set")

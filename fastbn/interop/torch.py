@@ -34,7 +34,7 @@ __all__ = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "convert", "from_torch",
 
 def _array(fn: str, name: str, t: Tensor) -> Array:
     """The memory of a tensor on the CPU as an array, not a copy."""
-    if t.device.type != "cpu":
+    if not t.is_cpu:
         raise ValueError(
             f"{fn}: {name} is on {t.device}, expected cpu; fastbn.interop.torch.revert(model) brings PyTorch's own back"
         )
@@ -48,7 +48,7 @@ def _array(fn: str, name: str, t: Tensor) -> Array:
 
 def _tensor(a: Array) -> Tensor:
     """An array as a tensor, not a copy, nor a view of another tensor: autograd refuses to write into such a result."""
-    if a.dtype.name != "bfloat16":
+    if a.dtype.char in "efd":
         return torch.from_numpy(a)
     bits = torch.from_numpy(a.view(np.uint16))
     t = torch.empty(0, dtype=torch.bfloat16)
@@ -381,10 +381,15 @@ _KEYS = {
 }
 
 
+def _other(momentum: float | None) -> float | None:
+    """PyTorch's momentum of fastbn's and back: 0.1 and 0.9, not 0.09999999999999998."""
+    return None if momentum is None else round(1.0 - momentum, 15)
+
+
 def _layer(fn: str, module: Module, axis: int, eps: Any, momentum: Any) -> BatchNorm:
     if any(torch.nn.parameter.is_lazy(t) for t in (*module.parameters(), *module.buffers())):
         raise ValueError(f"{fn}: {type(module).__name__} has no parameters yet, expected one that has been called")
-    old = None if module.momentum is None else 1.0 - module.momentum
+    old = _other(module.momentum)
     options = {
         "axis": axis, "eps": module.eps if eps is None else eps,
         "momentum": old if momentum == "of the module" else momentum,
@@ -472,7 +477,7 @@ def to_torch(layer: Any, *, dims: int | None = 2) -> Any:
     affine = layer.gamma is not None or layer.beta is not None
     kinds = torch.nn.BatchNorm1d, torch.nn.BatchNorm2d, torch.nn.BatchNorm3d
     module = kinds[(dims or 2) - 1](
-        layer.channels[0], eps=layer.eps, momentum=None if layer.momentum is None else 1.0 - layer.momentum,
+        layer.channels[0], eps=layer.eps, momentum=_other(layer.momentum),
         affine=affine, track_running_stats=layer.track_running_stats, dtype=getattr(torch, layer.dtype.name),
     ).train(layer.training)  # fmt: skip
     state = layer.state_dict()

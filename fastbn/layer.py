@@ -465,9 +465,9 @@ class BatchNorm:
             return self._of(pool, mean, var), pool
         m, momentum, correction = saved.shared_moments(), self.momentum, self.correction
         if self._like is not None:
-            if CONVENTIONS[self._like].debias and momentum < 1.0:
+            if CONVENTIONS[self._like].debias:
                 t = self.num_batches_tracked + 1
-                momentum *= (1.0 - momentum ** (t - 1)) / (1.0 - momentum**t)
+                momentum *= (1.0 - momentum ** (t - 1)) / (1.0 - momentum**t) if momentum < 1.0 else (t - 1) / t
             if isinstance(m.count, int):
                 correction = min(correction, m.count - 1)  # m / max(m - 1, 1)
         return both_moved(mean, var, m, momentum, correction), self._pool

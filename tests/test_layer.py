@@ -295,6 +295,16 @@ def test_repr():
     assert (again.channels, again.gamma, again.dtype, again.eps) == ((3, 4), None, np.dtype("float64"), 1e-3)
 
 
+def test_with_momentum_1_statistics_that_leave_the_start_out_are_plain_averages(rng):
+    """Caffe's sums with a moving_average_fraction of 1; a moving average would stay where it started."""
+    x = rng.normal(3, 2, (5, 8, 3))
+    bn = fastbn.BatchNorm.like("caffe", 3, momentum=1.0, dtype="float64")
+    for batch in x:
+        bn(batch)
+    np.testing.assert_allclose(bn.running_mean, x.mean((0, 1)), rtol=1e-13)
+    np.testing.assert_allclose(bn.running_var, x.var(1, ddof=1).mean(0), rtol=1e-13)
+
+
 # ------------------------------------------------------------------------------------------------------------- refusals
 
 

@@ -7,8 +7,8 @@ import contextlib
 import math
 import operator
 import sys
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from typing import Any, TypeGuard
 
 import numpy as np
 import numpy.typing as npt
@@ -45,6 +45,22 @@ def array(fn: str, name: str, value: Any) -> Array:
     a = plain_array(fn, name, value)
     _numeric(fn, name, a.dtype)
     return a
+
+
+def is_array(value: Any) -> bool:
+    """Whether a value says of itself that it is an array; a list does not, though it can be made one."""
+    return any(hasattr(value, name) for name in ("__array__", "__array_interface__", "__array_struct__"))
+
+
+def is_batches(value: Any) -> TypeGuard[Iterable[Any]]:
+    """Whether a value is an iterable of batches: neither an array nor what NumPy would make one of, a sequence.
+
+    What has a length and items is a sequence to NumPy, registered as one or not. The elements of a set have no order,
+    and those of a mapping are keys.
+    """
+    if isinstance(value, (np.ndarray, Sequence, Mapping, Set)) or not isinstance(value, Iterable):
+        return False
+    return not is_array(value) and not (hasattr(value, "__len__") and hasattr(value, "__getitem__"))
 
 
 def plain_array(fn: str, name: str, value: Any, expected: str = EXPECTED) -> Array:
@@ -542,6 +558,15 @@ def count_or_weights(fn: str, name: str, value: Any, shape: tuple[int, ...], of:
     if bad.any():
         raise ValueError(f"{fn}: {name} is {_first(weights, bad)}, expected finite weights of at least 0")
     return weights
+
+
+def population(fn: str, n: int | Array, correction: int) -> None:
+    """More values, or more weight, in every channel than the correction takes off."""
+    if isinstance(n, int):
+        if n <= correction:
+            raise ValueError(f"{fn}: batches have {n} values per channel, expected at least {correction + 1}")
+    elif (few := n <= correction).any():
+        raise ValueError(f"{fn}: start and batches have a weight of {_first(n, few)}, expected more than {correction}")
 
 
 def enough(fn: str, name: str, n: int | Array, correction: int) -> None:

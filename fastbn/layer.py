@@ -9,7 +9,7 @@ import numpy.typing as npt
 from . import _check
 from .conventions import CONVENTIONS
 from .functional import Saved, batch_norm_backward, frozen, trained
-from .moments import Moments, both_moved, moments, seen
+from .moments import Moments, both_moved, pooled, seen, to_go_on_from
 
 Array = npt.NDArray[Any]
 
@@ -277,13 +277,27 @@ class BatchNorm:
         self.dresidual = more[0] if more else None
         return dx
 
-    def fit_population(self, batches: Iterable[npt.ArrayLike]) -> Self:
+    def fit_population(
+        self,
+        batches: Iterable[npt.ArrayLike] | npt.ArrayLike,
+        *,
+        start: Moments | None = None,
+        progress: bool | None = None,
+    ) -> Self:
         """Set the running statistics to those of a whole data set, exact whatever the sizes of its batches.
 
         Parameters
         ----------
         batches : iterable of arrays
-            Inputs of this layer, one batch at a time; each is read once and then let go.
+            Inputs of this layer, one batch at a time; each is read once and let go before the next is asked for. A
+            list or tuple too holds batches. A single array, such as a memory-map, is one batch (`moments` says what is
+            copied of it: nothing as a rule).
+        start : Moments, optional
+            Of what came before, to which the batches are added: to go on after a stop, or in place of batches (which
+            may be empty), with weights too.
+        progress : bool, optional
+            A progress bar on stderr, of tqdm. True: always; False: never; None: where stderr is a terminal and tqdm is
+            installed. A single array has none.
 
         Returns
         -------
@@ -293,8 +307,16 @@ class BatchNorm:
         Raises
         ------
         ValueError
-            A batch with other channels than the layer; fewer samples than the variance needs; a layer that keeps no
-            running statistics.
+            A batch, or `start`, with other channels than the layer; fewer samples than the variance needs; a layer that
+            keeps no running statistics.
+        TypeError
+            `start` that is no Moments; batches that are no arrays.
+        ImportError
+            ``progress=True`` without tqdm.
+
+        Notes
+        -----
+        The bits are those of ``start + moments(batch) + moments(batch) + ...``, in that order.
 
         References
         ----------
@@ -303,17 +325,16 @@ class BatchNorm:
         """
         fn = "BatchNorm.fit_population"
         mean, var = self._writable(fn)
-        pool = Moments.empty(self.channels)
-        if not isinstance(batches, Iterable):
+        start = Moments.empty(self.channels) if start is None else to_go_on_from(fn, start, self.channels)
+        if progress is not None:
+            _check.flag(fn, "progress", progress)
+        if _check.is_array(batches):
+            pool = pooled(fn, (batches,), self.axis, start, False)
+        elif isinstance(batches, Iterable):
+            pool = pooled(fn, batches, self.axis, start, progress)
+        else:
             raise TypeError(f"{fn}: batches is of type {type(batches).__name__}, expected an iterable of arrays")
-        for batch in batches:
-            x = _check.array(fn, "batch", batch)
-            _check.channels(fn, x, self.axis, self.channels, "batch")
-            pool += moments(x, axis=self.axis)
-        if np.any(pool.count <= self.correction):
-            raise ValueError(
-                f"{fn}: batches have {pool.count} values per channel, expected at least {self.correction + 1}"
-            )
+        _check.population(fn, pool.count, self.correction)
         after = self._of(pool, mean, var)
         # All or none: no call between, where Ctrl-C could come (see `update_running`).
         mean[...], var[...] = after

@@ -1,5 +1,6 @@
 """Statistics on their own: `moments`, the mergeable value `Moments`, `update_running`."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -9,6 +10,7 @@ import numpy.typing as npt
 from . import _check, kernels
 from ._layout import layout_of, weights_of
 from ._memory import source
+from ._progress import bar
 from ._threads import run
 
 Array = npt.NDArray[Any]
@@ -150,17 +152,32 @@ class Moments:
         return var if isinstance(n, int) else np.where(n > 0, var, np.nan)
 
 
-def moments(x: npt.ArrayLike, *, axis: int | tuple[int, ...] = 1, where: npt.ArrayLike | None = None) -> Moments:
-    """Count, mean and centred sum of squares of each channel.
+def moments(
+    x: npt.ArrayLike | Iterable[npt.ArrayLike],
+    *,
+    axis: int | tuple[int, ...] = 1,
+    where: npt.ArrayLike | None = None,
+    start: Moments | None = None,
+    progress: bool | None = None,
+) -> Moments:
+    """Count, mean and centred sum of squares of each channel, of an array or of batches.
 
     Parameters
     ----------
-    x : (N, C, ...) array
-        Of any dtype that `batch_norm` takes; any rank and memory layout. Read only.
+    x : (N, C, ...) array, or iterable of such arrays
+        Of any dtype that `batch_norm` takes; any rank and memory layout. Read only. A generator, an iterator or another
+        iterable that is no sequence gives batches, of whatever sizes: each is read once and let go before the next is
+        asked for. A list or tuple is an array, as elsewhere in NumPy: ``iter(batches)`` makes batches of it.
     axis : int or tuple of ints
         The **channel** axis, as in `batch_norm`; all others are reduced. ``()``: the whole array, shape ``()``.
     where : array that broadcasts to x's shape, optional
-        Weights of the values: booleans, or finite numbers of at least 0. What has weight 0 may be NaN.
+        Weights of the values: booleans, or finite numbers of at least 0. What has weight 0 may be NaN. Not of batches:
+        theirs is ``sum(fastbn.moments(x, where=w) for x, w in batches)``.
+    start : Moments, optional
+        Of what came before, to which x is added: to go on after a stop.
+    progress : bool, optional
+        A progress bar over batches on stderr, of tqdm. True: always; False: never; None: where stderr is a terminal and
+        tqdm is installed.
 
     Returns
     -------
@@ -170,12 +187,18 @@ def moments(x: npt.ArrayLike, *, axis: int | tuple[int, ...] = 1, where: npt.Arr
     Raises
     ------
     ValueError, TypeError
-        As `batch_norm`.
+        As `batch_norm`; also no batch and no `start`, or batches whose channels differ.
+    ImportError
+        ``progress=True`` without tqdm.
 
     Notes
     -----
     Reads x once (a channel whose first values lie many standard deviations from its mean is summed a second time). The
-    bits are those of `batch_norm_train`, and do not depend on threads.
+    bits are those of `batch_norm_train`, and do not depend on threads. Those of batches are the bits of
+    ``start + moments(batch) + moments(batch) + ...``, in that order.
+
+    A memory-map is read where it lies, whatever its size. Only one that is in a foreign byte order, unaligned, or
+    contiguous in no order of its axes is copied, as any such array: read it in batches.
 
     Examples
     --------
@@ -183,10 +206,65 @@ def moments(x: npt.ArrayLike, *, axis: int | tuple[int, ...] = 1, where: npt.Arr
     >>> m = fastbn.moments(np.arange(6.0).reshape(3, 2))
     >>> m.count, m.mean, m.std()
     (3, array([2., 3.]), array([1.63299316, 1.63299316]))
+
+    Batches, and going on from there:
+
+    >>> m = fastbn.moments(np.full((n, 2), float(n)) for n in (1, 3))
+    >>> m = fastbn.moments(iter([np.zeros((4, 2))]), start=m)
+    >>> m.count, m.mean
+    (8, array([1.25, 1.25]))
     """
     fn = "moments"
+    if progress is not None:
+        _check.flag(fn, "progress", progress)
+    if _check.is_batches(x):
+        if where is not None:
+            raise ValueError(
+                f"{fn}: where with batches, expected none; weigh each: sum(moments(x, where=w) for x, w in batches)"
+            )
+        if start is not None:
+            to_go_on_from(fn, start)
+        return pooled(fn, x, axis, start, progress)
     x = _check.array(fn, "x", x)
     axes = _check.axes(fn, axis, x.shape)
+    if start is not None:
+        to_go_on_from(fn, start, tuple(x.shape[a] for a in axes))
+    m = _moments(fn, x, axes, where)
+    return m if start is None else start + m
+
+
+def to_go_on_from(fn: str, start: Any, shape: tuple[int, ...] | None = None) -> Moments:
+    """The argument `start`: Moments, with channels of `shape` if that is known."""
+    if not isinstance(start, Moments):
+        raise TypeError(f"{fn}: start is of type {type(start).__name__}, expected Moments")
+    if shape is not None and start.mean.shape != shape:
+        raise ValueError(f"{fn}: start has channels of shape {start.mean.shape}, expected {shape}")
+    return start
+
+
+def pooled(
+    fn: str, batches: Iterable[Any], axis: int | tuple[int, ...], start: Moments | None, progress: bool | None
+) -> Moments:
+    """`start`, if any, and the moments of each batch, added in order."""
+    pool = start
+    with bar(fn, batches, progress) as shown:
+        for batch in batches:
+            x = _check.array(fn, "batch", batch)
+            axes = _check.axes(fn, axis, x.shape, "batch")
+            if pool is not None:
+                _check.channels(fn, x, axis, pool.mean.shape, "batch")
+            m = _moments(fn, x, axes, None)
+            pool = m if pool is None else pool + m
+            del batch, x  # before the next is made: one in memory, not two
+            if shown is not None:
+                shown.update()
+    if pool is None:
+        raise ValueError(f"{fn}: x has no batches, expected at least one, or start")
+    return pool
+
+
+def _moments(fn: str, x: Array, axes: tuple[int, ...], where: npt.ArrayLike | None) -> Moments:
+    """The moments of a checked array."""
     lay = layout_of(x, axes)
     w = None if where is None else weights_of(_check.weights(fn, where, x.shape), x.shape, axes, lay)
     if w is not None:

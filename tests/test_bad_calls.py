@@ -345,6 +345,9 @@ SAVED = [*OBJECTS, *NONE, ("array", T, np.ones(SHAPE, "f4")), ("class", T, fastb
          ("float", T, 0.5)]  # fmt: skip
 NO_MOMENTS = [*without(OBJECTS, "moments"), *NONE, ("tuple", T, (1, 0.0, 1.0)),
               ("class", T, fastbn.Moments), ("zero", T, 0)]  # fmt: skip
+OTHER_MOMENTS = [("of 4", V, fastbn.Moments.empty(C + 1)), ("of no axes", V, fastbn.Moments.empty(())),
+                 ("weights of 4", V, fastbn.Moments(np.ones(C + 1), np.zeros(C + 1), np.ones(C + 1)))]  # fmt: skip
+STARTS = [*without(NO_MOMENTS, "None"), *OTHER_MOMENTS]
 STATISTICS = [
     *OBJECTS, *NONE, *SEQUENCES[:3],
     *of_dtypes(C, ["i8", "?", *HALVES, np.longdouble, ">f4", ">f8", "c16", "O", "U3"]),
@@ -361,6 +364,8 @@ BATCHES = [
     ("of letters", T, ["a"]),
     ("of a generator", T, [numbers()]),
     *((f"of {what}", error, [np.ones((4, C)), value]) for what, error, value in (*unusable(SHAPE), *OTHER_CHANNELS)),
+    ("an array of other channels", V, np.ones((4, C + 1))),
+    ("a single sample", V, np.ones(C)),
     ("nothing", V, []),
     ("one value", V, [np.ones((1, C))]),
     ("empty ones", V, [np.ones((0, C)), np.ones((0, C))]),
@@ -496,7 +501,15 @@ CALLS = {
         lambda w: (fastbn.Saved.fixed, given(w, "x", "mean", "var", "gamma", "beta")),
         {"x": XS, "mean": MEANS, "var": VARS, **PARAMETERS, **OPTIONS, **PARTS},
     ),
-    "moments": ("moments", lambda w: (fastbn.moments, given(w, "x")), {"x": XS, "axis": AXES, "where": MASKS}),
+    "moments": (
+        "moments",
+        lambda w: (fastbn.moments, given(w, "x")),
+        {
+            "x": [*without(XS, "generator"), ("batches of numbers", V, lambda w: numbers()),
+                  ("a batch of text", T, lambda w: iter(["a"])), ("no batches", V, lambda w: iter([]))],
+            "axis": AXES, "where": MASKS, "start": STARTS, "progress": FLAGS,
+        },
+    ),
     "Moments": (
         "Moments",
         lambda w: (fastbn.Moments, {"count": 3, **given(w, "mean"), "m2": w.var}),
@@ -506,8 +519,7 @@ CALLS = {
     "Moments.merge": (
         "Moments.merge",
         lambda w: (w.m.merge, {}),
-        {"other": [*NO_MOMENTS, ("of 4", V, fastbn.Moments.empty(C + 1)), ("0-d", V, fastbn.Moments.empty(())),
-                   ("weights of 4", V, fastbn.Moments(np.ones(C + 1), np.zeros(C + 1), np.ones(C + 1)))]},
+        {"other": [*NO_MOMENTS, *OTHER_MOMENTS]},
     ),
     "Moments.var": ("Moments.var", lambda w: (w.m.var, {}), {"correction": CORRECTION}),
     "Moments.std": ("Moments.std", lambda w: (w.m.std, {}), {"correction": CORRECTION}),
@@ -579,7 +591,11 @@ CALLS = {
         {"dy": DYS, "out": [*outs("dy"), ("x", V, lambda w: w.z)]},
     ),
     "train": ("BatchNorm.train", lambda w: (w.bn.train, {}), {"mode": [*FLAGS, *NONE]}),
-    "fit_population": ("BatchNorm.fit_population", lambda w: (w.bn.fit_population, {}), {"batches": BATCHES}),
+    "fit_population": (
+        "BatchNorm.fit_population",
+        lambda w: (w.bn.fit_population, {"batches": [w.x]}),
+        {"batches": BATCHES, "start": STARTS, "progress": FLAGS},
+    ),
     "load_state_dict": (
         "BatchNorm.load_state_dict",
         lambda w: (w.bn.load_state_dict, {}),
@@ -690,6 +706,7 @@ ALIASES = {
     "transposed": "transposed|weight",
     "layout": "layout|weight",
     "batches": "batch|batches",
+    "x": "x|batch",
 }
 
 
@@ -769,7 +786,7 @@ def test_the_grid_is_large():
         assert arguments, (call, function)
 
 
-@pytest.mark.parametrize("call", [c for c in CALLS if c not in ("fit_population", "load_state_dict", "Moments.empty",
+@pytest.mark.parametrize("call", [c for c in CALLS if c not in ("load_state_dict", "Moments.empty",
     "Moments.merge", "train", "a state's value", "a pool's value") and "spoiled" not in c])  # fmt: skip
 def test_the_good_arguments_are_good(call):
     """Else the grid would prove nothing."""

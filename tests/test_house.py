@@ -29,6 +29,7 @@ ORDER = [
     ["conventions"],
     ["functional"],
     ["moments"],
+    ["_progress"],
     ["_memory"],
     ["_check"],
     ["_layout"],

@@ -168,6 +168,7 @@ BENCHMARKS = {
     "moments.Weighted.time_moments": (lambda m, *p: m["moments"].weighted_case(*p), weighted_moments),
     "images.Images.time_of_bytes": (lambda m, *p: m["images"].case(*p), images),
     "folding.FoldConv.time_fold_conv": (lambda m, *p: m["folding"].case(*p), folded),
+    "moments.Batches.time_a_hundred_batches": (lambda m, channels: m["moments"].batches_case(channels), moments),
     "moments.Merge.time_merge": (lambda m, channels: m["moments"].merge_case(channels), moments),
     "small_calls.Small.time_batch_norm_train": (lambda m, s: m["forward"].case("NCHW", s, "float32"), train),
     "small_calls.Small.time_batch_norm_backward": (lambda m, s: m["backward"].case("NCHW", s, "float32"), backward),

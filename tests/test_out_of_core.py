@@ -1,10 +1,13 @@
 """More data than memory: batches of any sizes and memory-maps, one at a time, stopped and gone on with."""
 
 import collections
+import contextlib
 import io
 import itertools
+import re
 import sys
 import weakref
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -402,3 +405,33 @@ def test_endless_batches_may_be_cut(rng):
     endless = (rng.normal(size=(2, 3)) for _ in itertools.count())
     m = fastbn.moments(itertools.islice(endless, 10))
     assert fastbn.moments(itertools.islice(endless, 5), start=m).count == 30
+
+
+# --------------------------------------------------------------------------------------------------------- the how-tos
+
+HOW_TO = Path(__file__).parents[1] / "docs" / "how-to"
+
+
+@pytest.mark.parametrize("page", ["larger-than-memory", "scikit-learn"])
+def test_the_code_of_a_how_to_prints_what_its_comments_say(page):
+    if page == "scikit-learn":
+        pytest.importorskip("sklearn", reason="scikit-learn is not installed: its page cannot be run")
+    blocks = re.findall(r"^```python\n(.*?)^```", (HOW_TO / f"{page}.md").read_text(), re.M | re.S)
+    assert blocks
+    names = {}  # each block goes on where the one before ended
+    for code in blocks:
+        expected = [line[2:] for line in code.splitlines() if line.startswith("# ")]
+        shown = io.StringIO()
+        with contextlib.redirect_stdout(shown):
+            exec(compile(code, page, "exec"), names)
+        assert shown.getvalue().splitlines() == expected
+        assert expected
+    if "folder" in names:
+        del names["images"]
+        names["folder"].cleanup()
+
+
+@pytest.mark.parametrize("page", ["larger-than-memory", "scikit-learn"])
+def test_the_links_of_a_how_to_lead_somewhere(page):
+    for target in re.findall(r"\]\((?!http)([^)#]+)", (HOW_TO / f"{page}.md").read_text()):
+        assert (HOW_TO / target).exists(), target

@@ -30,6 +30,13 @@ def merge_case(channels):
     return ready(c, lambda: a + b)
 
 
+@lru_cache(maxsize=1)
+def batches_case(channels):
+    """A hundred batches of 64 samples, each a part of x."""
+    c = arrays("NCHW", (6400, channels), "float32")
+    return ready(c, lambda: fastbn.moments((c.x[i : i + 64] for i in range(0, 6400, 64)), progress=False))
+
+
 class OfLayers(OverLayers):
     def time_moments(self, layout, shape, dtype):
         return case(layout, shape, dtype).run()
@@ -48,3 +55,13 @@ class Merge:
 
     def time_merge(self, channels):
         return merge_case(channels).run()
+
+
+class Batches:
+    params = ((64, 2048),)
+    param_names = ("channels",)
+    number = 4
+    repeat = (3, 30, 1.0)
+
+    def time_a_hundred_batches(self, channels):
+        return batches_case(channels).run()

@@ -32,6 +32,7 @@ PLAIN = [
     "memory",
     "messages",
     "moments",
+    "out_of_core",
     "parts",
     "peers",
 ]

@@ -219,6 +219,9 @@ def test_what_cannot_be_pooled_is_refused(rng):
     assert "sum(moments(x, where=w) for x, w in batches)" in says
     refused(lambda: fastbn.moments(iter([x]), start=fastbn.Moments.empty(2)), "moments", "batch", ValueError)
     refused(lambda: fastbn.moments(iter([]), start=3), "moments", "start", TypeError)
+    says = refused(lambda: fastbn.moments(x, start=fastbn.Moments.empty(2)), "moments", "start", ValueError)
+    assert says == "moments: start has channels of shape (2,), expected (3,)"
+    refused(lambda: fastbn.BatchNorm(3).fit_population(3), "BatchNorm.fit_population", "batches", TypeError)
     refused(lambda: fastbn.moments(iter([(y for y in x)])), "moments", "batch", TypeError)
     refused(lambda: fastbn.moments({0: x}), "moments", "x", TypeError)  # would be its keys
     says = refused(lambda: fastbn.moments(iter([])), "moments", "x", ValueError)
@@ -412,6 +415,7 @@ def test_endless_batches_may_be_cut(rng):
 HOW_TO = Path(__file__).parents[1] / "docs" / "how-to"
 
 
+@pytest.mark.jit("pages are of full size")
 @pytest.mark.parametrize("page", ["larger-than-memory", "scikit-learn"])
 def test_the_code_of_a_how_to_prints_what_its_comments_say(page):
     if page == "scikit-learn":

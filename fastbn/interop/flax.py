@@ -77,10 +77,14 @@ def from_flax(variables: Any, *, path: str | tuple[str, ...] = (), **options: An
     where = "/".join(steps) or "variables"
     if not {"mean", "var"} <= found.keys() <= {"mean", "var", "scale", "bias"}:
         raise ValueError(f"{fn}: {where} has {_names(found)}, expected mean, var and, if it has them, scale and bias")
-    arrays = {name: _check.array(fn, name, np.asarray(value)) for name, value in found.items()}
+    shape = np.shape(found["mean"])
+    arrays = {}
+    for name, value in found.items():
+        check = _check.variance if name == "var" else _check.parameter
+        arrays[name] = check(fn, name, np.asarray(value), shape, ", the shape of mean")
     wide = any(a.dtype == np.float64 for a in arrays.values())
     given = {"dtype": "float64" if wide else "float32", "center": "bias" in arrays, "scale": "scale" in arrays}
-    bn = BatchNorm.like("flax", arrays["mean"].shape, **{**given, **options})
+    bn = BatchNorm.like("flax", shape, **{**given, **options})
     state = {own: arrays[name] for own, name in _NAMES.items() if name in arrays}
     return bn.load_state_dict({**state, "num_batches_tracked": 0})
 

@@ -126,7 +126,7 @@ def _moments(x: Any, axes: Any, keepdims: bool = False, synchronized: bool = Fal
     found = []
     for a in m.mean if m.count else np.full_like(m.mean, np.nan), m.var():
         if dtype == np.float16:  # Keras's bounds; NaN stays
-            a = np.clip(a, -65504.0, 65504.0)
+            a = np.asarray(np.clip(a, -65504.0, 65504.0))
         with np.errstate(all="ignore"):
             found.append(a.astype(dtype).reshape(shape))
     return found[0], found[1]
@@ -140,7 +140,7 @@ def _batch_normalization(
     given = {"mean": mean, "variance": variance, "offset": offset, "scale": scale}
     arrays = {name: _check.array(fn, name, a) for name, a in given.items() if a is not None}
     x = _check.array(fn, "x", x)
-    dtype = np.result_type(1.0, x.dtype, *(a.dtype for a in arrays.values()))
+    dtype = _promoted(x, **arrays)
     # One value stands for all channels in Keras, too, and a vector may lie in any axis.
     arrays = {name: a.reshape(() if a.size == 1 else -1) for name, a in arrays.items()}
     with np.errstate(all="ignore"):
@@ -149,6 +149,20 @@ def _batch_normalization(
         v = np.where(v < 0, np.nan, v)
         x = x.astype(dtype, copy=False)
     return batch_norm(x, arrays["mean"], v, arrays.get("scale"), arrays.get("offset"), axis=axis, eps=0.0)
+
+
+def _promoted(x: Array, mean: Array, variance: Array, offset: Array | None = None, scale: Array | None = None) -> Any:
+    """The dtype of Keras's result: bfloat16 is promoted by its own rules, operation by operation."""
+    found = [a.dtype for a in (x, mean, variance, offset, scale) if a is not None]
+    if found[0].char in "efd" and len(set(found)) == 1:
+        return found[0].newbyteorder("=")
+    inv = 1.0 / np.sqrt(np.ones(1, variance.dtype) + 1e-3)
+    if scale is not None:
+        inv = inv * np.ones(1, scale.dtype)
+    shift = np.ones(1, mean.dtype) * inv
+    if offset is not None:
+        shift = shift + np.ones(1, offset.dtype)
+    return (np.ones(1, x.dtype) * inv + shift).dtype
 
 
 _OURS = {"moments": _moments, "batch_normalization": _batch_normalization}
@@ -225,11 +239,17 @@ def from_keras(
             "beta, moving_mean and moving_variance, or less with center=False or scale=False to tell which"
         )
     ((center, scale),) = fitting
-    names = [*(["gamma"] if scale else []), *(["beta"] if center else []), "running_mean", "running_var"]
-    state = {name: _check.array(fn, name, w) for name, w in zip(names, weights, strict=True)}
-    wide = any(a.dtype == np.float64 for a in state.values())
+    names = [*(["gamma"] if scale else []), *(["beta"] if center else []), "moving_mean", "moving_variance"]
+    shape = np.shape(weights[-2])
+    checks = {"moving_variance": _check.variance}
+    arrays = [
+        checks.get(name, _check.parameter)(fn, name, w, shape, ", the shape of moving_mean")
+        for name, w in zip(names, weights, strict=True)
+    ]
+    state = {name.replace("moving", "running").replace("iance", ""): a for name, a in zip(names, arrays, strict=True)}
+    wide = any(a.dtype == np.float64 for a in arrays)
     options = {"dtype": "float64" if wide else "float32", "center": center, "scale": scale, **options}
-    bn = BatchNorm.like("keras", state["running_mean"].shape, **options)
+    bn = BatchNorm.like("keras", shape, **options)
     return bn.load_state_dict({**state, "num_batches_tracked": 0})
 
 

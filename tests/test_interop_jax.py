@@ -13,8 +13,6 @@ from subprocesses import run_script
 
 import fastbn
 
-pytestmark = pytest.mark.jit("JAX and plain Python loops together take minutes")
-
 
 def test_without_jax_it_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "jax", None)
@@ -173,6 +171,31 @@ def test_a_negative_variance_is_found_when_it_is_computed(jax, fj):
         jax.block_until_ready(fj.batch_norm(X, 0.0, -1.0))
 
 
+def test_the_calls_out_of_jax_fill_their_buffers(fj):
+    """As XLA makes them, but for its threads: inputs may be None, and are left alone; every result is filled."""
+    x, gamma, _ = problem()
+    given = x.copy(), gamma.copy(), None
+    y, mean, var, state = np.empty_like(x), np.empty(3, "f4"), np.empty(3, "f4"), np.empty((2, 3, 2), np.uint32)
+    fj._training((1,), 1e-5)(None, (y, mean, var, state), *given)
+    expected, saved = fastbn.batch_norm_train(*given)
+    np.testing.assert_array_equal(y, expected)
+    np.testing.assert_array_equal(state.view(np.float64)[..., 0], [saved.mean, saved.moments.m2])
+    dy, zero = np.ones_like(x), np.zeros(3, "f4")
+    dx, dgamma = np.empty_like(x), np.empty(3, "f4")
+    fj._training_gradients((1,), 1e-5)(None, (dx, dgamma, None), *given, state, dy, zero, zero)
+    for a, b in zip((dx, dgamma), fastbn.batch_norm_backward(dy, saved), strict=False):
+        np.testing.assert_array_equal(a, b)
+    z, dmean, dvar = np.empty_like(x), np.empty(3, "f4"), np.empty(3, "f4")
+    fj._inference((1,), 1e-5)(None, z, x, mean, var, gamma, None)
+    np.testing.assert_array_equal(z, fastbn.batch_norm(x, mean, var, gamma))
+    fj._inference_gradients((1,), 1e-5)(None, (dx, dmean, dvar, dgamma, None), x, mean, var, gamma, None, dy)
+    invstd = 1 / np.sqrt(var.astype("f8") + 1e-5)
+    np.testing.assert_allclose(dmean, -gamma * invstd * x.size / 3, rtol=1e-6)
+    np.testing.assert_allclose(dvar, -0.5 * gamma * invstd**2 * dgamma, rtol=1e-6)
+    for a, b in zip(given[:2], (x, gamma), strict=True):
+        np.testing.assert_array_equal(a, b, "an input was written")
+
+
 STANDSTILL = """
 import faulthandler, threading
 faulthandler.dump_traceback_later(60, exit=True)
@@ -195,6 +218,7 @@ print("done")
 """
 
 
+@pytest.mark.jit("so many values take minutes as plain Python")
 @pytest.mark.parametrize("threads", ["1", "2"])
 def test_it_does_not_stand_still(jax, threads):
     """With as few threads of XLA's as there can be: one that runs a callback waits for nothing that another must do."""

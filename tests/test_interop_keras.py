@@ -7,7 +7,7 @@ import ast
 import importlib.util
 import json
 import sys
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
@@ -73,6 +73,69 @@ def test_an_old_keras_is_refused(monkeypatch):
     monkeypatch.setitem(sys.modules, "keras", Old)
     with pytest.raises(ValueError, match=r"Keras has version 2\.15\.0, expected 3 or later"):
         interop.enable()
+
+
+@pytest.fixture
+def stand_in(monkeypatch):
+    """A module in the place of Keras's, with its names: what needs no Keras is tested without it."""
+    nn = ModuleType("keras.src.backend.numpy.nn")
+    nn.moments, nn.batch_normalization = "their moments", "their batch_normalization"
+    keras = SimpleNamespace(__version__="3.15.1", backend=SimpleNamespace(backend=lambda: "numpy"))
+    monkeypatch.setitem(sys.modules, "keras", keras)
+    monkeypatch.setitem(sys.modules, "keras.src.backend", SimpleNamespace(nn=nn))
+    return nn
+
+
+def test_functions_go_in_and_out(stand_in):
+    theirs = dict(vars(stand_in))
+    x = np.random.default_rng(0).normal(1000, 0.1, (64, 3)).astype("float16")
+    exact = x.astype("float64")
+    with interop.patched(), interop.patched():
+        mean, var = stand_in.moments(x, [0], keepdims=True)
+        y = stand_in.batch_normalization(x, mean[0], var[0], -1, offset=np.zeros(3, "f4"), scale=np.ones(3, "f4"))
+        z = stand_in.batch_normalization(y, y[0], abs(y[1]), 1)
+        with pytest.raises(NotImplementedError, match="synchronized is True"):
+            stand_in.moments(x, [0], synchronized=True)
+    assert vars(stand_in) == theirs
+    np.testing.assert_array_equal(mean, exact.mean(0, keepdims=True).astype("float16"))
+    np.testing.assert_array_equal(var, exact.var(0, keepdims=True).astype("float16"))
+    expected = (exact - mean.astype("f8")) / np.sqrt(var.astype("f8") + 1e-3)
+    np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-6)
+    assert y.dtype == z.dtype == np.float32
+
+
+def test_functions_go_out_after_an_exception(stand_in):
+    theirs = dict(vars(stand_in))
+
+    @interop.patched()
+    def fail():
+        assert vars(stand_in) != theirs
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
+    assert vars(stand_in) == theirs
+
+
+class Layer(SimpleNamespace):
+    """The attributes of a built keras.layers.BatchNormalization that has no beta."""
+
+    def __init__(self, **others):
+        parts = {"gamma": GAMMA, "beta": None, "moving_mean": MEAN, "moving_variance": VAR, "center": False}
+        super().__init__(**{**parts, "scale": True, "axis": 1, "epsilon": 0.5, "momentum": 0.25, **others})
+
+
+def test_a_layer_is_read_by_its_attributes():
+    bn = interop.from_keras(Layer())
+    assert (bn.axis, bn.eps, bn.momentum, bn.beta) == (1, 0.5, 0.25, None)
+    np.testing.assert_array_equal(bn.gamma, GAMMA)
+    assert interop.from_keras(Layer(axis=[3])).axis == 3, "Keras 2 has a list"
+    assert interop.from_keras(Layer(), axis=-1).axis == -1
+    for other, words in (({"moving_mean": None}, "no weights yet"), ({"renorm": True}, "renorm=True, expected False")):
+        with pytest.raises(ValueError, match=words):
+            interop.from_keras(Layer(**other))
+    with pytest.raises(ValueError, match="center is True, expected False, as the layer has it"):
+        interop.from_keras(Layer(), center=True)
 
 
 # --------------------------------------------------------------------------------------------------- weights, by number

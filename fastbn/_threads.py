@@ -21,6 +21,7 @@ import site
 import sys
 import threading
 import warnings
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
@@ -68,7 +69,24 @@ def _run(kernel: "Kernel", size: int, args: tuple[Any, ...], first: bool = False
 
 def planned_threads(size: int) -> int:
     """How many threads a call on `size` elements will use, as far as is known before it."""
-    return 1 if size < SERIAL_SIZE or _serial_only else get_num_threads()
+    return 1 if size < SERIAL_SIZE or _serial_only or _own.alone else get_num_threads()
+
+
+class _Own(threading.local):
+    alone = False
+
+
+_own = _Own()  # of each Python thread
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """Calls of this Python thread run serial meanwhile: it is one of many that share the processors."""
+    before, _own.alone = _own.alone, True
+    try:
+        yield
+    finally:
+        _own.alone = before
 
 
 def _parallel(kernel: "Kernel", args: tuple[Any, ...], wanted: int) -> None:

@@ -268,7 +268,9 @@ def _weights(fn: str, where: Any, array: Any) -> Any:
     if shape is None or any(
         own != 1 and own != n and not (math.isnan(own) or math.isnan(n)) for own, n in zip(w.shape, shape, strict=True)
     ):
-        raise ValueError(f"{fn}: where has shape {w.shape}, expected one that broadcasts to that of array, {array.shape}")
+        raise ValueError(
+            f"{fn}: where has shape {w.shape}, expected one that broadcasts to that of array, {array.shape}"
+        )
     chunks = array.chunks[array.ndim - w.ndim :]
     unknown = [n != 1 and (math.isnan(n) or math.isnan(m)) for n, m in zip(w.shape, shape, strict=True)]
     for u, own, theirs in zip(unknown, w.chunks, chunks, strict=True):
@@ -295,8 +297,9 @@ def _statistics(array: Any, axes: tuple[int, ...], weights: Any) -> Any:
     whole = range(array.ndim)
     of_weights = () if weights is None else tuple(whole)[array.ndim - weights.ndim :]
     parts = da.blockwise(
-        _measured, whole, array, whole, *_arguments(of_weights, weights), axes=axes, adjust_chunks=dict.fromkeys(reduced, 1),
-        dtype=_parts.PART, meta=np.empty((0,) * array.ndim, _parts.PART), align_arrays=False, concatenate=True,
+        _measured, whole, array, whole, *_arguments(of_weights, weights), axes=axes,
+        adjust_chunks=dict.fromkeys(reduced, 1), dtype=_parts.PART, meta=np.empty((0,) * array.ndim, _parts.PART),
+        align_arrays=False, concatenate=True,
     )  # fmt: skip
     if not reduced:
         return parts
@@ -309,7 +312,7 @@ def _statistics(array: Any, axes: tuple[int, ...], weights: Any) -> Any:
 
 def _per_channel(array: Any, axes: tuple[int, ...]) -> float:
     """Values of each channel; NaN if that is unknown."""
-    return math.prod(n for a, n in enumerate(array.shape) if a not in axes)
+    return float(math.prod(n for a, n in enumerate(array.shape) if a not in axes))
 
 
 def _delayed(array: Any, axes: tuple[int, ...], weights: Any, statistics: Any) -> Any:

@@ -1,6 +1,7 @@
 """Ranks of a real MPI: the same result as one process, the same bits on every rank, and no error that hangs."""
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -74,3 +75,38 @@ except ImportError as error:
     print(error)
 """
     assert run_script(script) == 'fastbn.interop.mpi needs mpi4py: pip install "fastbn[mpi]"\n'
+
+
+COST = ROOT / "docs" / "examples" / "mpi_cost.py"
+PAGE = ROOT / "docs" / "how-to" / "mpi.md"
+
+
+@pytest.mark.jit("two processes would take minutes as plain Python")
+def test_the_script_of_the_page_prints_its_tables():
+    status, out, err = started(2, str(COST), "--quick", "--markdown", timeout=100)
+    assert status == 0, err
+    rows = dict(re.findall(r"^\| ([^|]+?) \| ([^\n]*) \|$", out, re.M))
+    assert rows["forward"].startswith("53 | ")
+    # Of 8 channels: 3C + 2 and 2C + 1 float64, from one other rank.
+    assert re.search(r"^\| 8 x 4², forward \| 1 \| 0\.2 \| 0\.2 \|$", out, re.M), out
+    assert re.search(r"^\| 8 x 4², backward \| 1 \| 0\.1 \| 0\.1 \|$", out, re.M), out
+    assert "2 ranks. Measured on" in out
+
+
+@pytest.mark.jit("two processes would take minutes as plain Python")
+def test_the_code_of_the_page_prints_what_its_comments_say(tmp_path):
+    """On two ranks, each block as a program."""
+    blocks = re.findall(r"^```python\n(.*?)^```", PAGE.read_text(), re.M | re.S)
+    assert blocks
+    for code in blocks:
+        script = tmp_path / "script.py"
+        script.write_text(code)
+        status, out, err = started(2, str(script), timeout=100)
+        assert status == 0, err
+        assert out.splitlines() == [line[2:] for line in code.splitlines() if line.startswith("# ")] != []
+
+
+def test_the_commands_and_links_of_the_page_lead_somewhere():
+    text = PAGE.read_text()
+    for target in re.findall(r"\]\((?!http)([^)#]+)", text) + re.findall(r"docs/examples/\S+\.py", text):
+        assert (ROOT / target if target.startswith("docs/") else PAGE.parent / target).exists(), target

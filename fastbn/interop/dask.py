@@ -338,7 +338,8 @@ def _same(parts: Array, axis: Any, keepdims: bool) -> Array:
 
 def _merged(parts: Array, axis: tuple[int, ...], keepdims: bool) -> Array:
     first = np.moveaxis(parts, axis, range(len(axis)))
-    part = _parts.merged(first.reshape(-1, *first.shape[len(axis) :]))
+    number, channels = math.prod(first.shape[: len(axis)]), first.shape[len(axis) :]
+    part = _parts.merged(first.reshape(number, *channels))
     return np.expand_dims(part, axis) if keepdims else part
 
 

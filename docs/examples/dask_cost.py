@@ -12,7 +12,7 @@ import dask
 import dask.array as da
 import numpy as np
 import report
-from distributed import Client, LocalCluster
+from distributed import Client, LocalCluster, wait
 
 import fastbn
 import fastbn.interop.dask as fd
@@ -49,6 +49,7 @@ def main(argv=None):
             given = x.compute(scheduler="threads")
             out = np.ones_like(given)
             held, kept = da.from_array(given, chunks=x.chunks), client.persist(x)
+            wait(kept)
             both = fd.batch_norm_train(held), fd.batch_norm_train(kept)
             small = [(v.map_blocks(corner, chunks=((1,) * v.numblocks[0], 1, 1, 1)), n) for v, n in both]
             calls = [

@@ -6,6 +6,7 @@ So a part whose mean lies far from 0 also tells the `rest`, what its mean lost, 
 the mean of the first of them.
 """
 
+import math
 from typing import Any
 
 import numpy as np
@@ -56,21 +57,37 @@ def merged(parts: Array) -> Array:
     """
     if len(parts) == 1:
         return np.asarray(parts[0])
-    count, mean = parts["count"], parts["mean"]
-    first = np.expand_dims(np.argmax(count > 0, axis=0), 0)
-    pivot = np.take_along_axis(mean, first, 0)[0]
+    sides = len(parts), math.prod(parts.shape[1:])
+    whole, p = np.empty(sides[1], PART), parts.reshape(sides)
+    step = max(1, CACHED // len(parts))
+    for c in range(0, sides[1], step):
+        whole[c : c + step] = _tree(p[:, c : c + step])
+    return whole.reshape(parts.shape[1:])
+
+
+def _tree(parts: Array) -> Array:
+    count, mean, rest, m2 = (np.ascontiguousarray(parts[f]) for f in ("count", "mean", "rest", "m2"))
+    if (count == count[:, :1]).all():
+        count = count[:, :1]  # one for all channels, as without weights
     with np.errstate(all="ignore"):
-        pivot = np.where(np.isfinite(pivot), pivot, 0.0)
-        high, low = _two_sum(mean, -pivot)
-        m = Moments.trusted(count, high + (low + parts["rest"]), parts["m2"])
+        pivot = None
+        if not (count * mean**2 <= FAR**2 * m2).all():  # nor of a constant: what merges into it may be no constant
+            pivot = mean[np.argmax(count > 0, axis=0), np.arange(mean.shape[1])]
+            pivot = np.where(np.isfinite(pivot), pivot, 0.0)
+            high, low = _two_sum(mean, -pivot)
+            mean = high + (low + rest)
+        m = Moments.trusted(count, mean, m2)
         while len(m.mean) > 1:
             even = len(m.mean) // 2 * 2
             pairs = _of(m, slice(0, even, 2)) + _of(m, slice(1, even, 2))
             odd = _of(m, slice(even, None))
             m = Moments.trusted(*(np.concatenate([getattr(a, f) for a in (pairs, odd)]) for f in FIELDS))
-        mean, rest = _two_sum(pivot, m.mean[0])
-    return part(np.asarray(m.count)[0], mean, rest, m.m2[0])
+        high, low = (m.mean[0], 0.0) if pivot is None else _two_sum(pivot, m.mean[0])
+    return part(np.asarray(m.count)[0], high, low, m.m2[0])
 
+
+CACHED = 1 << 15
+"""Parts of channels that merge at once: their arrays fit in a cache."""
 
 FIELDS = ("count", "mean", "m2")
 

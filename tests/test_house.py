@@ -20,7 +20,7 @@ ORDER = [
     ["__main__"],
     ["__init__"],
     ["interop"],
-    ["interop._need"],
+    ["interop._need", "interop._parts"],
     ["_plot"],
     ["_measure", "_config"],
     ["_peers"],

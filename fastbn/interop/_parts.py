@@ -82,7 +82,7 @@ def _tree(parts: Array) -> Array:
             pairs = _of(m, slice(0, even, 2)) + _of(m, slice(1, even, 2))
             odd = _of(m, slice(even, None))
             m = Moments.trusted(*(np.concatenate([getattr(a, f) for a in (pairs, odd)]) for f in FIELDS))
-        high, low = (m.mean[0], 0.0) if pivot is None else _two_sum(pivot, m.mean[0])
+        high, low = (m.mean[0], np.zeros_like(m.mean[0])) if pivot is None else _two_sum(pivot, m.mean[0])
     return part(np.asarray(m.count)[0], high, low, m.m2[0])
 
 

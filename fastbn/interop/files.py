@@ -82,7 +82,8 @@ def save(what: Thing | Mapping[str, Thing], path: str | os.PathLike[str]) -> Non
     things = {"": what} if one else what
     if not isinstance(things, Mapping):
         raise TypeError(f"{fn}: what is {_check.shown(what)}, expected a BatchNorm, a Moments, or a mapping to them")
-    entries, arrays = {}, {}
+    entries: dict[str, Any] = {}
+    arrays: dict[str, Any] = {}
     for name, thing in things.items():
         if not one:
             _name(fn, name)
@@ -92,7 +93,8 @@ def save(what: Thing | Mapping[str, Thing], path: str | os.PathLike[str]) -> Non
     if len(text) > LONGEST:
         raise ValueError(f"{fn}: what has {len(text)} characters of names and options, expected at most {LONGEST}")
     if suffix == ".npz":
-        _write(path, lambda file: np.savez(file, **{KEY: np.array(text)}, **arrays))
+        arrays[KEY] = np.array(text)
+        _write(path, lambda file: np.savez(file, **arrays))
     else:
         numpy = need("safetensors.numpy", "safetensors", f"fastbn.interop.{fn}")
         content = numpy.save(arrays, metadata={KEY: text, DIGEST: _digest(text, arrays)})

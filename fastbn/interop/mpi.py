@@ -21,12 +21,13 @@ import numpy as np
 import numpy.typing as npt
 
 from .. import _check, layer
+from .._progress import bar
 from ..conventions import CONVENTIONS
 from ..functional import Saved as _Fixed
 from ..functional import _dtype_of, frozen
 from ..functional import batch_norm as _batch_norm
 from ..functional import batch_norm_backward as _backward
-from ..moments import Moments, seen
+from ..moments import Moments, seen, to_go_on_from
 from . import _parts
 from ._need import need
 
@@ -324,31 +325,46 @@ class BatchNorm(layer.BatchNorm):
         self.dresidual = more[0] if more else None
         return dx
 
-    def fit_population(self, batches: Iterable[npt.ArrayLike]) -> Self:
+    def fit_population(
+        self,
+        batches: Iterable[npt.ArrayLike] | npt.ArrayLike,
+        *,
+        start: Moments | None = None,
+        progress: bool | None = None,
+    ) -> Self:
         """Set the running statistics to those of the batches of all ranks, as many as each has.
 
-        One message, after the last batch. See `fastbn.BatchNorm`.
+        One message, after the last batch. `start` is what came before, the same on all ranks; it counts once. A bar
+        (`progress`) is of the rank's own batches. See `fastbn.BatchNorm`.
         """
         fn = "BatchNorm.fit_population"
         kept: list[Any] = []
 
         def measured() -> tuple[Shape, Array, int]:
             kept.extend(self._writable(fn))
-            if not isinstance(batches, Iterable):
+            if start is not None:
+                to_go_on_from(fn, start, self.channels)
+            if progress is not None:
+                _check.flag(fn, "progress", progress)
+            one = _check.is_array(batches)
+            given = (batches,) if one else batches
+            if not isinstance(given, Iterable):
                 raise TypeError(f"{fn}: batches is of type {type(batches).__name__}, expected an iterable of arrays")
             pool, count = _parts.measured(np.empty((0, *self.channels)), tuple(range(1, len(self.channels) + 1))), 0
-            for batch in batches:
-                x = _check.array(fn, "batch", batch)
-                _check.channels(fn, x, self.axis, self.channels, "batch")
-                part, n = _measured(x, self.axis)
-                pool, count = _parts.merged(np.stack([pool, part])), count + n
+            with bar(fn, given, False if one else progress) as shown:
+                for batch in given:
+                    x = _check.array(fn, "batch", batch)
+                    _check.channels(fn, x, self.axis, self.channels, "batch")
+                    part, n = _measured(x, self.axis)
+                    pool, count = _parts.merged(np.stack([pool, part])), count + n
+                    if shown is not None:
+                        shown.update()
             return self.channels, pool, count
 
         pool = _exchanged(fn, self.comm, self.channels, measured)
-        if np.any(pool.count <= self.correction):
-            raise ValueError(
-                f"{fn}: batches have {pool.count} values per channel, expected at least {self.correction + 1}"
-            )
+        if start is not None:
+            pool = start + pool
+        _check.population(fn, pool.count, self.correction)
         mean, var = kept
         after = self._of(pool, mean, var)
         mean[...], var[...] = after

@@ -144,9 +144,11 @@ def check_step(x, dy, a, b, xs, ys, *, training, stats):
             near(found[name], other[name], 16 * coarse * budget + 2 * result * abs(expected[name][0]), name)
 
 
-@pytest.mark.parametrize(("momentum", "affine"), [(0.1, True), (None, False)], ids=["affine", "cumulative-plain"])
-@pytest.mark.parametrize(("dtype", "kept"), DTYPES)
-@pytest.mark.parametrize(("name", "last"), FORMATS)
+STEPS = [(*f, *d, 0.1, True) for f in FORMATS for d in DTYPES]
+STEPS += [(*f, *d, None, False) for f in FORMATS for d in (DTYPES[0], DTYPES[-1])]
+
+
+@pytest.mark.parametrize(("name", "last", "dtype", "kept", "momentum", "affine"), STEPS)
 def test_ten_steps_of_training_and_two_of_evaluation(rng, name, last, dtype, kept, momentum, affine):
     """Before each step one of the two is given the state of the other, in turns; the other steps are its own."""
     shape = SHAPES[name]
@@ -264,7 +266,7 @@ def step(m, x, dy):
     y.backward(dy)
     return y
 
-for dtype, last in ((torch.float32, False), (torch.float32, True), (torch.bfloat16, False), (torch.bfloat16, True)):
+for dtype, last in ((torch.float32, False), (torch.bfloat16, True)):
     form = torch.channels_last if last else torch.contiguous_format
     x, dy = (torch.randn(16, 32, 112, 112, dtype=dtype).contiguous(memory_format=form) for _ in range(2))
     size = x.nbytes
@@ -288,7 +290,7 @@ def test_a_step_takes_the_memory_of_its_two_results():
     """13 to 26 MB each; a copy of any tensor would make it three."""
     # What is freed goes back to the system at once, and is not there already when it is taken again.
     found = [float(line) for line in run_script(PEAK, MALLOC_MMAP_THRESHOLD_="1000000").split()]
-    assert len(found) == 8
+    assert len(found) == 4
     for tensors in found:
         assert 1.8 < tensors < 2.3, found
 

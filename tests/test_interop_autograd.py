@@ -1,5 +1,6 @@
 """autograd's primitives over fastbn: values and gradients."""
 
+import doctest
 import importlib
 import sys
 
@@ -122,3 +123,9 @@ def test_errors_are_those_of_the_verbs(fa):
         fa.batch_norm_train(np.ones((1, 3)))
     with pytest.raises(ValueError, match=r"batch_norm: gamma has shape \(2,\)"):
         fa.batch_norm(np.ones((4, 3)), 0, 1, np.ones(2))
+
+
+def test_the_examples_run(fa):
+    result = doctest.testmod(fa)
+    assert result.attempted > 1
+    assert not result.failed

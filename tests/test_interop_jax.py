@@ -1,5 +1,6 @@
 """JAX functions over fastbn: values, gradients, jit, vmap, and no standstill."""
 
+import doctest
 import importlib.util
 import os
 import sys
@@ -254,3 +255,9 @@ def test_running_statistics_of_a_training_step(jax, fj):
 def test_the_page_prints_what_it_says(jax):
     pytest.importorskip("autograd", reason="autograd is not installed: the page uses it")
     interop_pages.check("jax.md")
+
+
+def test_the_examples_run(fj):
+    result = doctest.testmod(fj)
+    assert result.attempted > 1
+    assert not result.failed

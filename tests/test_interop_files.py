@@ -2,6 +2,7 @@
 
 import contextlib
 import doctest
+import errno
 import io
 import json
 import os
@@ -335,13 +336,30 @@ HOSTILE = {
 }
 
 
+# Why some are refused, where more than one check would.
+WHY = {
+    "an object array": "dtype object", "a structured dtype": "expected numbers", "dates": "expected numbers",
+    "two negative lengths": "expected shape (-3, -1)", "more than an array": "16 bytes, expected shape (3,)",
+    "a huge shape": "0 bytes", "a header of version 2": "version 1.0",
+}  # fmt: skip
+
+
 @pytest.mark.parametrize("what", HOSTILE)
 def test_a_hostile_array_is_refused_and_takes_no_memory(tmp_path, what):
     path = tmp_path / "a.npz"
     files.save(fastbn.BatchNorm(C), path)
     write(path, members(path) | {"running_var.npy": HOSTILE[what]})
     with no_more_than(1_000_000):
-        refused(lambda: files.load(path), ValueError, "files.load", "a.npz", "running_var")
+        refused(lambda: files.load(path), ValueError, "a.npz", "running_var", WHY.get(what, ""))
+
+
+@pytest.mark.parametrize("what", [w for w in HOSTILE if w != "another dtype"])
+def test_hostile_moments_are_refused_and_take_no_memory(tmp_path, what):
+    path = tmp_path / "a.npz"
+    files.save(fastbn.Moments.empty(C), path)
+    write(path, members(path) | {"m2.npy": HOSTILE[what]})
+    with no_more_than(1_000_000):
+        refused(lambda: files.load(path), ValueError, "a.npz", WHY.get(what, "m2"))
 
 
 @pytest.mark.parametrize("what", [w for w in HOSTILE if w not in ("another shape", "one number", "another dtype")])
@@ -454,6 +472,35 @@ def test_options_changed_by_hand_are_read(tmp_path):
     assert repr(files.load(path)) == f"BatchNorm({C}, eps=0.5)"
 
 
+def test_arrays_in_the_order_of_fortran_are_read(tmp_path, rng):
+    path, bn = tmp_path / "a.npz", trained(LAYERS["axes"](), rng)
+    files.save(bn, path)
+    write(path, members(path) | {"gamma.npy": npy(np.asfortranarray(bn.gamma))})
+    assert state(files.load(path)) == state(bn)
+
+
+def test_so_many_options_are_refused(path, monkeypatch):
+    files.save(fastbn.BatchNorm(C), path)
+    monkeypatch.setattr(files, "LONGEST", 100)
+    refused(lambda: files.load(path), ValueError, "options", "at most 100")
+    refused(lambda: files.save(fastbn.BatchNorm(C), path), ValueError, "files.save: what", "at most 100")
+
+
+@pytest.mark.parametrize("error", [MemoryError(), OSError(errno.EIO, "the disk is gone")])
+def test_what_the_machine_lacks_is_no_fault_of_the_file(path, monkeypatch, error):
+    files.save(fastbn.BatchNorm(C), path)
+
+    def fail(*_, **__):
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(np, "frombuffer" if path.suffix == ".npz" else "array", fail)
+        with pytest.raises(type(error)) as caught:
+            files.load(path)
+    assert caught.value is error
+    assert repr(files.load(path)) == f"BatchNorm({C})"
+
+
 def test_channels_without_arrays_are_bounded(tmp_path):
     path = tmp_path / "a.npz"
     files.save(fastbn.BatchNorm(C, center=False, scale=False, track_running_stats=False), path)
@@ -503,7 +550,7 @@ def test_a_state_alone_is_no_file_of_a_layer(path):
 
 def test_hostile_tensors_are_refused(tmp_path):
     """Headers that claim what is not there; a right checksum makes nothing of them."""
-    _safetensors()
+    safetensors = _safetensors()
     from safetensors.numpy import save_file
 
     path = tmp_path / "a.safetensors"
@@ -519,6 +566,12 @@ def test_hostile_tensors_are_refused(tmp_path):
             refused(lambda: files.load(path), ValueError, "a.safetensors")
     path.write_bytes(struct.pack("<Q", 1 << 62) + b"{}")
     refused(lambda: files.load(path), ValueError, "a.safetensors")
+    files.save(fastbn.BatchNorm(C), path)
+    with safetensors.safe_open(path, framework="numpy") as file:
+        metadata, arrays = file.metadata(), {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
+    for a in (arrays["gamma"].view("int32"), arrays["gamma"].reshape(C, 1), arrays["gamma"] + 1):
+        save_file(arrays | {"gamma": a}, path, metadata)
+        refused(lambda: files.load(path), ValueError, "checksum")
     entry = {"kind": "BatchNorm", "like": None, "channels": [1 << 40], "options": {}}
     for text in ("[]", json.dumps({"format": 1, "one": entry})):
         arrays = {"gamma": np.ones(1, "float32")}

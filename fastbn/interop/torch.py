@@ -47,12 +47,10 @@ def _array(fn: str, name: str, t: Tensor) -> Array:
 
 
 def _tensor(a: Array) -> Tensor:
-    """An array as a tensor, not a copy, nor a view of another tensor: autograd refuses to write into such a result."""
+    """An array as a tensor, not a copy."""
     if a.dtype.char in "efd":
         return torch.from_numpy(a)
-    bits = torch.from_numpy(a.view(np.uint16))
-    t = torch.empty(0, dtype=torch.bfloat16)
-    return t.set_(bits.untyped_storage(), bits.storage_offset(), bits.size(), bits.stride())
+    return torch.from_numpy(a.view(np.uint16)).view(torch.bfloat16)
 
 
 def _bfloat16() -> np.dtype[Any]:

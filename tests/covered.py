@@ -5,8 +5,9 @@
 The first run is plain Python (NUMBA_DISABLE_JIT=1): kernels count as any other code, and lanes check that they lie in
 their arrays. The second is compiled with Numba's bounds checks in every index (NUMBA_BOUNDSCHECK=1, an empty cache); it
 runs what only runs while kernels are compiled, such as the code that emits the lanes. Compiled code itself does not
-count there. Tests of large arrays or many examples are left out: they find no other lines. The extras `test` and
-`peers` must be installed.
+count there. What runs in other processes (dask's workers, the ranks of MPI) counts in a run of its own. Tests of large
+arrays or many examples are left out: they find no other lines. The extras `test`, `peers` and `interop` must be
+installed.
 """
 
 import json
@@ -36,6 +37,7 @@ PLAIN = [
     "parts",
     "peers",
 ]
+INTEROP = sorted(path.stem.removeprefix("test_") for path in Path(__file__).parent.glob("test_interop_*.py"))
 RUNS = [
     (
         {"NUMBA_DISABLE_JIT": "1"},
@@ -43,6 +45,8 @@ RUNS = [
         "not (large or group-narrow or idle_memory or share_nothing or keeps_the_buffer or order_and_dtype or nobody"
         " or wrong_result or test_table or do_not_depend or keras)",
     ),
+    ({"NUMBA_DISABLE_JIT": "1"}, ["conventions", "interop", *INTEROP, "out_of_core"], ""),
+    ({"COVERAGE_RCFILE": "tests/processes.coveragerc"}, ["interop_dask", "interop_mpi"], ""),
     (
         {"NUMBA_BOUNDSCHECK": "1"},
         ["bounds", "folders", "kernels", "parts", "tiles", "verbs"],

@@ -4,6 +4,8 @@ Each case runs on the first 1, 2, 3 and 4 ranks. All ranks know all data, so eac
 with that of one process; rank 0 prints the name of a case that is done. A case that fails anywhere ends all ranks.
 """
 
+import contextlib
+import io
 import sys
 import time
 
@@ -192,6 +194,59 @@ def populations_pool_as_many_batches_as_each_rank_has(comm):
     same_on_all(comm, *bn.state_dict().values())
 
 
+def a_population_goes_on_from_moments_that_all_ranks_have(comm):
+    sizes = SIZES[: comm.size]
+    (parts, whole), (_, before), _ = batches(sizes)
+    start = fastbn.moments(before)
+    alone = fastbn.BatchNorm(3, dtype="float64").fit_population([whole], start=start)
+    bn = fm.BatchNorm(3, comm=comm, dtype="float64")
+    own = parts[comm.rank]
+    shown = io.StringIO()
+    with contextlib.redirect_stderr(shown):
+        bn.fit_population(iter([own[:1], own[1:]]), start=start, progress=True)
+    assert "2/2" in shown.getvalue(), shown.getvalue()
+    for layer in (bn, fm.BatchNorm(3, comm=comm, dtype="float64").fit_population(own, start=start, progress=False)):
+        np.testing.assert_allclose(layer.running_mean, alone.running_mean, rtol=1e-12, atol=1e-12)
+        np.testing.assert_allclose(layer.running_var, alone.running_var, rtol=1e-12)
+        same_on_all(comm, layer.running_mean, layer.running_var)
+    for bad, kind, match in (
+        ({"batches": 3}, TypeError, "batches is of type int"),
+        ({"batches": [], "start": 3}, TypeError, "start is of type int"),
+        ({"batches": [], "start": fastbn.Moments.empty(2)}, ValueError, "start has channels"),
+        ({"batches": [], "progress": 3}, TypeError, "progress"),
+    ):
+        with pytest.raises((kind, RuntimeError), match=match):
+            bn.fit_population(**bad)
+
+
+def a_layer_in_evaluation_sends_nothing(comm):
+    counting = Counting(comm)
+    (parts, _), (dys, _), _ = batches(SIZES[: comm.size])
+    x, dy = parts[comm.rank], dys[comm.rank]
+    bn, alone = fm.BatchNorm(3, comm=counting), fastbn.BatchNorm(3)
+    counting.sent.clear()
+    for layer in (bn, alone):
+        layer.eval()
+    np.testing.assert_array_equal(bn(x, save=True), alone(x, save=True))
+    np.testing.assert_array_equal(bn.backward(dy), alone.backward(dy))
+    np.testing.assert_array_equal(bn.dgamma, alone.dgamma)
+    assert counting.sent == []
+
+
+def a_layer_without_running_statistics_has_those_of_its_ranks(comm):
+    (parts, whole), _, _ = batches(SIZES[: comm.size])
+    bn = fm.BatchNorm(3, comm=comm, track_running_stats=False)
+    alone = fastbn.BatchNorm(3, track_running_stats=False)
+    out = np.empty_like(parts[comm.rank])
+    for _ in range(2):
+        close(bn(parts[comm.rank], out=out), part_of(alone(whole), SIZES[: comm.size], comm.rank))
+        bn.eval(), alone.eval()
+    y, saved = fm.batch_norm_train(parts[comm.rank], comm=comm)
+    assert f"count={saved.count}, rank {comm.rank} of {comm.size}" in repr(saved)
+    with pytest.raises(TypeError, match=r"expected the Saved that fastbn\.interop\.mpi's"):
+        fm.batch_norm_backward(y, fastbn.batch_norm_train(whole)[1])
+
+
 def nan_stays_in_its_channel_on_all_ranks(comm):
     (parts, whole), (dys, _), _ = batches(SIZES[: comm.size])
     x = parts[comm.rank].copy()
@@ -279,6 +334,9 @@ CASES = [
     layers_stay_equal_and_follow_one_process,
     no_batch_anywhere,
     populations_pool_as_many_batches_as_each_rank_has,
+    a_population_goes_on_from_moments_that_all_ranks_have,
+    a_layer_in_evaluation_sends_nothing,
+    a_layer_without_running_statistics_has_those_of_its_ranks,
     nan_stays_in_its_channel_on_all_ranks,
     messages_are_few_and_short,
     an_error_on_one_rank_is_raised_on_all,

@@ -280,6 +280,14 @@ def test_the_script_of_the_page_prints_its_table():
     assert "Measured on" in out
 
 
+def test_weights_have_the_chunks_of_an_axis_of_unknown_size():
+    array = da.from_array(X, chunks=(1, -1))[da.from_array(X[:, 0] > -np.inf, chunks=1)]
+    assert np.isnan(array.shape[0])
+    w = da.from_array(np.ones((len(X), 1)), chunks=(2, 1))
+    with pytest.raises(ValueError, match=r"where has \d+ chunks along an axis of unknown size, expected \d+"):
+        fd.moments(array, where=w)
+
+
 def test_the_links_of_the_page_lead_somewhere():
     text = PAGE.read_text()
     for target in re.findall(r"\]\((?!http)([^)#]+)", text) + re.findall(r"docs/examples/\S+\.py", text):

@@ -45,7 +45,7 @@ RUNS = [
         "not (large or group-narrow or idle_memory or share_nothing or keeps_the_buffer or order_and_dtype or nobody"
         " or wrong_result or test_table or do_not_depend or keras)",
     ),
-    ({"NUMBA_DISABLE_JIT": "1"}, ["conventions", "interop", *INTEROP, "out_of_core"], ""),
+    ({"NUMBA_DISABLE_JIT": "1"}, ["conventions", "interop", *INTEROP], ""),
     ({"COVERAGE_RCFILE": "tests/processes.coveragerc"}, ["interop_dask", "interop_mpi"], ""),
     (
         {"NUMBA_BOUNDSCHECK": "1"},

@@ -34,7 +34,7 @@ FAN_IN = 16
 """Parts that one task merges. Not dask's setting `split_every`: the bits would depend on it."""
 
 
-def moments(array: Any, *, axis: int | tuple[int, ...] = 1, where: Any = None) -> Any:
+def moments(array: Any, axis: int | tuple[int, ...] = 1, *, where: Any = None) -> Any:
     """Count, mean and centred sum of squares of each channel, lazily.
 
     Parameters

@@ -70,6 +70,18 @@ def figures(rows, *, signed=()):
     return found
 
 
+# ------------------------------------------------------------------------------------------------------------ batches
+
+
+def test_batches_cost_prints_what_the_page_says():
+    (of_batches, of_machines), _ = tables("batches_cost")
+    assert len(figures(of_batches[1])) == 5 * 4
+    assert [row["bytes from each"] for row in of_machines[1]] == [str(16 * n + 8) for n in (64, 2048)]
+    page = parsed((PAGES.parent / "how-to" / "larger-than-memory.md").read_text())
+    (shown,) = [rows for _, rows in page if "samples a batch" in rows[0]]
+    assert list(shown[0]) == list(of_batches[1][0])
+
+
 # ------------------------------------------------------------------------------------------------------------ scaling
 
 

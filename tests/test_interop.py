@@ -30,7 +30,7 @@ def test_the_folder_lists_what_it_has():
 
 
 def test_a_missing_package_says_how_to_get_it(monkeypatch):
-    monkeypatch.setitem(sys.modules, "onnx", None)
+    monkeypatch.setitem(sys.modules, "onnx.helper", None)
     with pytest.raises(ImportError, match=r'^fastbn\.x needs onnx: pip install "fastbn\[onnx\]"$') as info:
         _need.need("onnx.helper", "onnx", "fastbn.x")
     assert info.value.name.split(".")[0] == "onnx"

@@ -1,7 +1,7 @@
 """What it costs to take moments batch by batch, and what would go between machines that have a part each.
 
-A file of float32 images is read through a memory-map, as one array and in batches; it lies in the system's cache after the
-first round. Below that: the moments of a thousand machines, made up, and added in their order.
+A file of float32 images is read through a memory-map, as one array and in batches; after the first round it lies in the
+system's cache. Below that: the moments of a thousand machines, made up, and added in their order.
 
     python docs/examples/batches_cost.py
 """
@@ -29,6 +29,11 @@ def seconds(call, rounds):
     return best
 
 
+def batches(x, size):
+    """Views of so many samples each."""
+    return (x[n : n + size] for n in range(0, len(x), size))
+
+
 def main(argv=None):
     """Measure and print."""
     options = report.parser(__doc__).parse_args(argv)
@@ -41,14 +46,11 @@ def main(argv=None):
             x[n : n + 32] = rng.standard_normal((32, *shape[1:]), dtype="float32")
         rows = []
         for size in (len(x), 64, 16, 4, 1):
-            ms = 1e3 * seconds(
-                lambda size=size: fastbn.moments(x[n : n + size] for n in range(0, len(x), size)), rounds
-            )
+            ms = 1e3 * seconds(lambda size=size, x=x: fastbn.moments(batches(x, size)), rounds)
             rows.append([str(size), str(len(x) // size), f"{x.nbytes / len(x) * size / 1e6:.1f}", f"{ms:.1f}",
                          f"{x.nbytes / ms / 1e6:.1f}"])  # fmt: skip
         print(f"Moments of {shape}, float32, {x.nbytes / 1e6:.0f} MB:\n")
         report.table(["samples a batch", "batches", "MB each", "ms", "GB/s"], rows, options.markdown)
-        del x
     rows = []
     for channels in (64, 2048):
         m = fastbn.moments(rng.standard_normal((8, channels)))

@@ -1,4 +1,9 @@
-"""fastbn in the words of other systems: a module each, imported when it is asked for."""
+"""fastbn in the words of other systems: a module each, imported when it is asked for.
+
+``import fastbn.interop.torch``, or ``import fastbn.interop`` and then ``fastbn.interop.torch``. `dir` lists what has
+been imported: `help` and completion look at every name in it, and would import every system, or fail where one is not
+installed.
+"""
 
 import importlib
 import pkgutil
@@ -11,7 +16,3 @@ def __getattr__(name: str) -> ModuleType:
     if name in __all__:
         return importlib.import_module(f"{__name__}.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}; expected one of {', '.join(__all__)}")
-
-
-def __dir__() -> list[str]:
-    return __all__

@@ -799,7 +799,11 @@ def test_compile_takes_pytorchs_own(pair, calls):
     assert calls
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+# torch.jit is deprecated: a DeprecationWarning up to 2.13, a FutureWarning from 2.14 on.
+JIT_WARNS = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:.torch.jit:FutureWarning")
+
+
+@JIT_WARNS
 def test_traces_take_pytorchs_own(pair, calls):
     b, x, expected = pair
     file = io.BytesIO()
@@ -809,7 +813,7 @@ def test_traces_take_pytorchs_own(pair, calls):
     close(torch.jit.load(file)(x), expected)
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@JIT_WARNS
 def test_scripts_need_a_reverted_model(pair):
     b, x, expected = pair
     kinds = [type(m) for m in b.modules()]

@@ -9,7 +9,7 @@ import numpy.typing as npt
 from . import _check
 from .conventions import CONVENTIONS
 from .functional import Saved, batch_norm_backward, frozen, trained
-from .moments import Moments, both_moved, pooled, seen, to_go_on_from
+from .moments import Moments, both_moved, one_batch, pooled, seen, to_go_on_from
 
 Array = npt.NDArray[Any]
 
@@ -316,7 +316,7 @@ class BatchNorm:
 
         Notes
         -----
-        The bits are those of ``start + moments(batch) + moments(batch) + ...``, in that order.
+        The bits are those of `moments` of the batches.
 
         References
         ----------
@@ -329,7 +329,7 @@ class BatchNorm:
         if progress is not None:
             _check.flag(fn, "progress", progress)
         if _check.is_array(batches):
-            pool = pooled(fn, (batches,), self.axis, start, False)
+            pool = start + one_batch(fn, batches, self.axis, start)[2]
         elif isinstance(batches, Iterable):
             pool = pooled(fn, batches, self.axis, start, progress)
         else:

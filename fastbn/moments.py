@@ -194,8 +194,12 @@ def moments(
     Notes
     -----
     Reads x once (a channel whose first values lie many standard deviations from its mean is summed a second time). The
-    bits are those of `batch_norm_train`, and do not depend on threads. Those of batches are the bits of
-    ``start + moments(batch) + moments(batch) + ...``, in that order.
+    bits are those of `batch_norm_train`, and do not depend on threads.
+
+    Of batches they are those of ``start + moments(batch) + moments(batch) + ...``, in that order, in channels whose
+    means lie within 1,000 standard deviations of 0. Beyond, that sum would lose digits of the variance to the rounding
+    of the means; so what it takes off the mean of each batch is measured, too, and carried along. Such batches are read
+    twice, and copied as float64 block by block. `start` is taken as it is: exact, if it has lost nothing.
 
     A memory-map is read where it lies, whatever its size. Only one that is in a foreign byte order, unaligned, or
     contiguous in no order of its axes is copied, as any such array: read it in batches.
@@ -245,22 +249,108 @@ def to_go_on_from(fn: str, start: Any, shape: tuple[int, ...] | None = None) -> 
 def pooled(
     fn: str, batches: Iterable[Any], axis: int | tuple[int, ...], start: Moments | None, progress: bool | None
 ) -> Moments:
-    """`start`, if any, and the moments of each batch, added in order."""
-    pool = start
+    """`start`, if any, and the moments of each batch, added in order, with what the rounding of their means lost."""
+    pool, rest = start, None if start is None or not far(start).any() else np.zeros_like(start.mean)
     with bar(fn, batches, progress) as shown:
         for batch in batches:
-            x = _check.array(fn, "batch", batch)
-            axes = _check.axes(fn, axis, x.shape, "batch")
-            if pool is not None:
-                _check.channels(fn, x, axis, pool.mean.shape, "batch")
-            m = _moments(fn, x, axes, None)
-            pool = m if pool is None else pool + m
+            x, axes, m = one_batch(fn, batch, axis, pool)
+            own = lost(x, axes, m)
+            pool, rest = (m, own) if pool is None else joined(pool, rest, m, own)
             del batch, x  # before the next is made: one in memory, not two
             if shown is not None:
                 shown.update()
     if pool is None:
         raise ValueError(f"{fn}: x has no batches, expected at least one, or start")
     return pool
+
+
+def one_batch(
+    fn: str, batch: Any, axis: int | tuple[int, ...], pool: Moments | None
+) -> tuple[Array, tuple[int, ...], Moments]:
+    """A batch as an array with the channels of `pool`, its channel axes, and its moments."""
+    x = _check.array(fn, "batch", batch)
+    axes = _check.axes(fn, axis, x.shape, "batch")
+    if pool is not None:
+        _check.channels(fn, x, axis, pool.mean.shape, "batch")
+    return x, axes, _moments(fn, x, axes, None)
+
+
+# ------------------------------------------------------------------------------------ what the rounding of a mean loses
+
+# Chan's formula needs the differences of means. A mean rounded to float64 has lost what is below its last digit: with a
+# mean of 1e8 and a standard deviation of 1 that is 1e-8, and of two batches whose means are a standard deviation apart
+# the variance would have eight digits. So of means that are far from 0 what they lost is measured, and carried along.
+
+FAR = 1000.0
+"""Standard deviations between a mean and 0 from which that is done: nearer, the sum has 13 digits without."""
+
+BLOCK = 1 << 17
+"""Values that are copied as float64 at once."""
+
+
+def far(m: Moments) -> Array:
+    """In which channels the mean is FAR from 0; not where it is NaN."""
+    with np.errstate(all="ignore"):
+        return np.asarray(abs(m.mean) * np.sqrt(m.count) > FAR * np.sqrt(m.m2))
+
+
+def lost(x: Array, axes: tuple[int, ...], m: Moments, where: Array | None = None) -> Array | None:
+    """The true means of x are ``m.mean + lost``; None where no mean is far from 0.
+
+    Where there is a far one, x is read again, and copied block by block.
+    """
+    wanted = far(m)
+    if not wanted.any():
+        return None
+    wanted &= m.m2 > 0  # the mean of a constant is exact
+    if not wanted.any():
+        return np.zeros_like(m.mean)
+    centre = np.where(wanted, m.mean, 0.0).reshape([n if a in axes else 1 for a, n in enumerate(x.shape)])
+    cut = max((a for a in range(x.ndim) if a not in axes), key=lambda a: x.shape[a])
+    step = max(1, BLOCK * x.shape[cut] // x.size)
+    w = None if where is None else np.broadcast_to(where, x.shape)
+    rest, copy = Moments.empty(m.mean.shape), None
+    for i in range(0, x.shape[cut], step):
+        block = (slice(None),) * cut + (slice(i, i + step),)
+        part = x[block]
+        if copy is None or copy.shape != part.shape:
+            copy = np.empty_like(part, np.float64)  # in the memory order of x
+        with np.errstate(all="ignore"):
+            np.subtract(part, centre, out=copy)
+        rest = rest + _moments("moments", copy, axes, None if w is None else w[block])
+    return np.where(wanted, rest.mean, 0.0)
+
+
+def joined(a: Moments, a_lost: Array | None, b: Moments, b_lost: Array | None) -> tuple[Moments, Array | None]:
+    """The sum of moments whose means have lost something, and what its own have lost.
+
+    In channels without a far mean it has the bits of ``a + b``.
+    """
+    if a_lost is None and b_lost is None:
+        return a + b, None
+    if isinstance(a.count, int) and not a.count:
+        return b, b_lost
+    if isinstance(b.count, int) and not b.count:
+        return a, a_lost
+    with np.errstate(all="ignore"):
+        pivot = np.where(a.count > 0, a.mean, b.mean)
+        # One far mean is enough: the other may be of a constant.
+        pivot = np.where((far(a) | far(b)) & np.isfinite(pivot), pivot, 0.0)
+        sides = []
+        for m, rest in ((a, a_lost), (b, b_lost)):
+            high, low = two_sum(m.mean, -pivot)
+            sides.append(Moments.trusted(m.count, high + (low if rest is None else low + rest), m.m2))
+        m = sides[0] + sides[1]
+        mean, low = two_sum(pivot, m.mean)
+    return Moments.trusted(m.count, mean, m.m2), low
+
+
+def two_sum(a: Array, b: Array) -> tuple[Array, Array]:
+    """The rounded sum, and what rounding it lost (Knuth); of what is not finite, nothing."""
+    s = a + b
+    t = s - a
+    low = (a - (s - t)) + (b - t)
+    return s, np.where(np.isfinite(low), low, 0.0)
 
 
 def _moments(fn: str, x: Array, axes: tuple[int, ...], where: npt.ArrayLike | None) -> Moments:

@@ -62,9 +62,9 @@ def moments(array: Any, axis: int | tuple[int, ...] = 1, *, where: Any = None) -
 
     Notes
     -----
-    Chunks are read once; those with a channel whose mean is 1,000 standard deviations from 0 are copied as float64 and
-    read twice more. A chunk in neither C nor Fortran order (a transposed one, say) is copied. One task a chunk and
-    about one for 16 chunks; a task hands on 32 bytes a channel.
+    Chunks are read once; those with a channel whose mean is 1,000 standard deviations from 0 twice. A chunk in neither
+    C nor Fortran order (a transposed one, say) is copied. One task a chunk and about one for 16 chunks; a task hands on
+    32 bytes a channel.
 
     Examples
     --------

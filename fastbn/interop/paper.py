@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from .. import _check
 from ..functional import Saved, batch_norm, batch_norm_backward, batch_norm_train
-from ..moments import Moments, moments
+from ..moments import Moments, joined, lost, moments
 
 Array = npt.NDArray[Any]
 
@@ -161,10 +161,11 @@ def population(batches: Iterable[npt.ArrayLike], *, axis: int | tuple[int, ...] 
     if not isinstance(batches, Iterable):
         raise TypeError(f"{fn}: batches is of type {type(batches).__name__}, expected an iterable of arrays")
     pooled = means = variances = Moments(0, np.zeros(0), np.zeros(0))
+    rest: Array | None = None
     sizes: list[int] = []
     for i, batch in enumerate(batches):
         x = _check.array(fn, f"batches[{i}]", batch)
-        _check.axes(fn, axis, x.shape, f"batches[{i}]")
+        axes = _check.axes(fn, axis, x.shape, f"batches[{i}]")
         m = moments(x, axis=axis)
         n = int(m.count)
         if not n:
@@ -174,7 +175,9 @@ def population(batches: Iterable[npt.ArrayLike], *, axis: int | tuple[int, ...] 
         if sizes and m.mean.shape != pooled.mean.shape:
             raise ValueError(f"{fn}: batches[{i}] has channels {m.mean.shape}, expected {pooled.mean.shape} as before")
         none = np.zeros_like(m.mean)
-        pooled, means = _together(pooled, m), _together(means, Moments.trusted(1, m.mean, none))
+        own = lost(x, axes, m)
+        pooled, rest = joined(pooled, rest, m, own) if sizes else (m, own)
+        means = _together(means, Moments.trusted(1, m.mean, none))
         variances = _together(variances, Moments.trusted(1, m.var(correction=1), none))
         sizes = [min([n, *sizes]), max([n, *sizes])]
     if not sizes:

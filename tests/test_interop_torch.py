@@ -26,6 +26,8 @@ import fastbn
 torch = pytest.importorskip("torch", reason="PyTorch is not installed")
 pytest.importorskip("ml_dtypes", reason="ml_dtypes is not installed: no bfloat16 in NumPy")
 
+from torch.autograd import forward_ad  # noqa: E402
+
 from fastbn.interop import torch as ours  # noqa: E402
 
 nn = torch.nn
@@ -380,6 +382,18 @@ def test_second_derivatives_are_refused(rng):
     (dx,) = torch.autograd.grad(module(x).square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         dx.sum().backward()
+
+
+def test_batched_gradients_are_refused(rng):
+    module = ours.convert(theirs(2, 3))
+    x = tensor(rng, (4, 3)).requires_grad_()
+    y = module(x)
+    several = torch.stack([torch.ones_like(y), y.detach()])
+    words = "BatchNorm1d: the gradient of the output has no memory of its own, expected one gradient, .*revert"
+    with pytest.raises(RuntimeError, match=words):
+        torch.autograd.grad(y, x, several, is_grads_batched=True, retain_graph=True)
+    with pytest.raises(RuntimeError, match=words):
+        torch.vmap(lambda dy: torch.autograd.grad(y, x, dy, retain_graph=True)[0])(several)
 
 
 def test_a_graph_can_be_kept_or_used_once(rng):
@@ -840,6 +854,25 @@ def test_vmap_and_func_take_pytorchs_own(pair, calls):
     leaf = x.clone().requires_grad_()
     b(leaf).sum().backward()
     close(gradient, leaf.grad)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")  # PyTorch's own forward mode scripts itself
+@pytest.mark.parametrize("of", ["input", "weight"])
+@pytest.mark.parametrize("records", [True, False])
+def test_forward_mode_takes_pytorchs_own(pair, calls, of, records):
+    b, x, _ = pair
+    tangents = []
+    for turned in (b, ours.revert(copy.deepcopy(b))):
+        turned.requires_grad_(records)
+        with forward_ad.dual_level():
+            t = forward_ad.make_dual(x, x.cos()) if of == "input" else x
+            w = turned[1].weight.detach()
+            parameters = {"1.weight": forward_ad.make_dual(w, w + 2.0)} if of == "weight" else {}
+            y = torch.func.functional_call(turned, parameters, (t,))
+            tangents.append(forward_ad.unpack_dual(y).tangent)
+    assert not calls
+    assert tangents[0] is not None
+    assert torch.equal(*tangents)
 
 
 def test_symbolic_traces_need_a_reverted_model(pair):

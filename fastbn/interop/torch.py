@@ -73,12 +73,19 @@ class _Recorded(torch.autograd.Function):  # type: ignore[misc]
     @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of x, weight and bias, as far as they are needed."""
+        try:
+            dy = _array(ctx.fn, "the gradient of the output", dy)
+        except RuntimeError as error:
+            raise RuntimeError(
+                f"{ctx.fn}: the gradient of the output has no memory of its own, expected one gradient, not a batch of "
+                "them (is_grads_batched, vectorize, vmap); fastbn.interop.torch.revert(model) brings PyTorch's own back"
+            ) from error
         x = _array(ctx.fn, "input", *ctx.saved_tensors)
         saved = Saved(
             x, layout_of(x, (1,)), ctx.state, ctx.eps, dtypes=ctx.dtypes, frozen=ctx.frozen, overwritten=False,
             residual=False, bits=None, weights=None,
         )  # fmt: skip
-        found = batch_norm_backward(_array(ctx.fn, "the gradient of the output", dy), saved)
+        found = batch_norm_backward(dy, saved)
         grads = (_tensor(g) if n else None for g, n in zip(found, ctx.needs_input_grad[:3], strict=True))
         return (*grads, None, None, None)
 
@@ -175,6 +182,7 @@ def _transformed(input: Tensor) -> bool:
         or input.layout is not torch.strided
         or torch.jit.is_tracing()
         or torch._C._are_functorch_transforms_active()
+        or torch.autograd.forward_ad._current_level >= 0  # x or a parameter may bear a tangent
     )
 
 
@@ -234,10 +242,12 @@ def convert(model: Module) -> Module:
     an expanded tensor), and in the backward a gradient in another memory format than the input.
 
     **Gradients** come from a `torch.autograd.Function`: first derivatives only, also in evaluation; a second one
-    raises RuntimeError. The kernel computes those of input, weight and bias together, whichever are needed.
+    raises RuntimeError, and so do several at once (``is_grads_batched``, ``vectorize``). The kernel computes those of
+    input, weight and bias together, whichever are needed.
 
     **Where PyTorch transforms the program** (`torch.compile`, `torch.export`, `torch.jit.trace`, `torch.func` with
-    vmap), and for subclasses of tensors and other layouts than strided, PyTorch's own batch norm computes.
+    vmap, forward mode in a dual level), and for subclasses of tensors and other layouts than strided, PyTorch's own
+    batch norm computes.
     `torch.jit.script` and `torch.fx.symbolic_trace` fail: revert before.
 
     Statistics are float64 and so results differ from PyTorch's by the rounding of its own. Unlike PyTorch's a module

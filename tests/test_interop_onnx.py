@@ -407,6 +407,8 @@ def test_evaluator_takes_paths_bytes_models_and_more_operators(rng, tmp_path):
         evaluator(tmp_path / "nowhere.onnx")
     with pytest.raises(ValueError, match="evaluator: model cannot be read as an ONNX model"):
         evaluator(b"no model")
+    with pytest.raises(ValueError, match="evaluator: model cannot be read as an ONNX model: it has no graph"):
+        evaluator(b"")
 
 
 # ------------------------------------------------------------------------------------------------------------- weights
@@ -699,6 +701,7 @@ def test_what_is_no_batch_norm_of_constants(case):
     ("arguments", "error", "message"),
     [
         ((b"no model",), ValueError, "model cannot be read as an ONNX model"),
+        ((b"",), ValueError, "model cannot be read as an ONNX model: it has no graph"),
         ((3,), TypeError, "model is of type int, expected a path, bytes, a ModelProto, GraphProto or NodeProto"),
         ((b"", 3), TypeError, "name is 3, expected the name of a node"),
     ],

@@ -318,12 +318,16 @@ def _loaded(fn: str, model: Any, external: bool) -> Any:
     """The ModelProto of a path or of bytes."""
     try:
         if isinstance(model, (str, os.PathLike)):
-            return onnx.load(os.fspath(model), load_external_data=external)
-        return onnx.load_model_from_string(bytes(model))
+            found = onnx.load(os.fspath(model), load_external_data=external)
+        else:
+            found = onnx.load_model_from_string(bytes(model))
     except OSError:
         raise
     except Exception as error:  # of protobuf, of which there are several implementations; of the check of a path
         raise ValueError(f"{fn}: model cannot be read as an ONNX model: {error}") from error
+    if not found.HasField("graph"):  # to protobuf no bytes at all are a message of defaults
+        raise ValueError(f"{fn}: model cannot be read as an ONNX model: it has no graph")
+    return found
 
 
 # ---------------------------------------------------------------------------------------------------------- weights in

@@ -157,6 +157,7 @@ def test_axes_that_are_no_channels(rng):
     refused(lambda: BatchNormTransformer(with_mean=1).fit(x), fn, "with_mean", TypeError)
     refused(lambda: BatchNormTransformer().fit(x, sample_weight=np.zeros(6)), fn, "sample_weight", ValueError)
     refused(lambda: BatchNormTransformer().fit(x, sample_weight=np.ones(5)), fn, "sample_weight", ValueError)
+    refused(lambda: BatchNormTransformer().fit(x, sample_weight=-np.ones(6)), fn, "sample_weight", ValueError)
     one = BatchNormTransformer(correction=1).partial_fit(np.ones((1, 4)))
     assert np.isnan(one.var_).all()
     refused(lambda: one.transform(np.ones((1, 4))), "BatchNormTransformer.transform", "sample", ValueError)

@@ -221,6 +221,7 @@ class BatchNormTransformer(_base.OneToOneFeatureMixin, _base.TransformerMixin, _
             w = _validation.check_array(sample_weight, ensure_2d=False, dtype=np.float64, input_name="sample_weight")
             if w.shape != (len(x),):
                 raise ValueError(f"{fn}: sample_weight has shape {w.shape}, expected {(len(x),)}, one for each sample")
+            _check.not_negative(fn, "sample_weight", w)
             where, n = w.reshape(-1, *[1] * (x.ndim - 1)), float(w.sum())
         m = moments(x, where=where, start=before)
         n += 0 if before is None else self.n_samples_seen_

@@ -157,6 +157,7 @@ X = np.ones((4, 3), np.float32)
         (ValueError, "eps is -1", "batch_norm_train", (X,), {"eps": -1}),
         (ValueError, "x has one value per channel", "batch_norm_train", (X[:1],), {}),
         (ValueError, r"gamma has shape \(2,\), expected \(3,\)", "batch_norm_train", (X, X[0, :2]), {}),
+        (TypeError, "gamma is of type str", "batch_norm_train", (X, "x"), {}),
         (TypeError, "beta has dtype complex64", "batch_norm_train", (X, None, X[0] + 1j), {}),
         (TypeError, "var is None", "batch_norm", (X, X[0], None), {}),
         (ValueError, r"mean has shape \(4,\)", "batch_norm", (X, X[:, 0], X[0]), {}),

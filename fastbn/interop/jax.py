@@ -127,20 +127,24 @@ def _given(fn: str, x: Any, axis: Any, eps: Any) -> tuple[Any, Axes, tuple[int, 
 
 
 def _float(fn: str, name: str, value: Any) -> Any:
-    try:
-        a = jnp.asarray(value)
-    except (TypeError, ValueError) as error:
-        raise TypeError(f"{fn}: {name} is of type {type(value).__name__}, expected a JAX array: {error}") from error
+    a = _jax_array(fn, name, value)
     if a.dtype.name not in _check.FLOATS:
         raise TypeError(f"{fn}: {name} has dtype {a.dtype.name}, expected one of {', '.join(_check.FLOATS)}")
     return a
+
+
+def _jax_array(fn: str, name: str, value: Any) -> Any:
+    try:
+        return jnp.asarray(value)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"{fn}: {name} is of type {type(value).__name__}, expected a JAX array: {error}") from error
 
 
 def _parameter(fn: str, name: str, value: Any, shape: tuple[int, ...]) -> Any:
     """A value for each channel, or None."""
     if value is None:
         return None
-    a = jnp.asarray(value)
+    a = _jax_array(fn, name, value)
     a = _float(fn, name, a.astype(jnp.float32) if a.dtype.kind in "biu" else a)
     if a.shape not in (shape, ()):
         raise ValueError(f"{fn}: {name} has shape {a.shape}, expected {shape}, the channels of x, or ()")

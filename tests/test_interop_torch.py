@@ -976,7 +976,19 @@ def test_a_state_dict_of_one_layer():
         ({"conv.weight": torch.ones(3)}, ValueError, "no key that ends in .running_mean"),
         ([1], TypeError, "source is of type list, expected a torch.nn.Module or a state dict"),
         (nn.LazyBatchNorm2d(), ValueError, "LazyBatchNorm2d has no parameters yet"),
-        ({"weight": torch.ones(3), "bias": torch.ones(4)}, ValueError, "beta has shape"),
+        (
+            {"weight": torch.ones(3), "bias": torch.ones(4)},
+            ValueError,
+            r"from_torch: bias has shape \(4,\), expected \(3,\)",
+        ),
+        (
+            {"weight": torch.ones(3), "bias": torch.ones(1)},
+            ValueError,
+            r"from_torch: bias has shape \(1,\), expected \(3,\)",
+        ),
+        (nn.Linear(2, 2).state_dict(), ValueError, r"from_torch: weight has shape \(2, 2\), expected \(C,\)"),
+        ({"weight": np.ones(3)}, TypeError, "from_torch: weight is of type ndarray, expected a tensor"),
+        ({"a.running_mean": 3}, TypeError, "from_torch: a.running_mean is of type int, expected a tensor"),
     ],
 )
 def test_what_is_no_batch_norm(source, error, match):

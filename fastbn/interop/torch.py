@@ -328,10 +328,10 @@ def from_torch(
     Raises
     ------
     ValueError
-        A lazy module that has not been called yet; a state dict with unknown or missing keys for one layer, or without
-        any batch norm.
+        A lazy module that has not been called yet; a state dict with unknown or missing keys for one layer, with other
+        shapes, or without any batch norm.
     TypeError
-        Anything else than a module or a mapping.
+        Anything else than a module or a mapping of names to tensors.
 
     Notes
     -----
@@ -413,14 +413,22 @@ def _from_state(
     unknown = [key for key in state if key not in _KEYS]
     if unknown:
         raise ValueError(f"{fn}: source has the key {unknown[0]!r}, expected {', '.join(_KEYS)}")
+    for key, t in state.items():
+        if not isinstance(t, torch.Tensor):
+            raise TypeError(f"{fn}: {prefix}{key} is of type {type(t).__name__}, expected a tensor")
     arrays = {key: _array(fn, prefix + key, t.detach().cpu()) for key, t in state.items()}
     tracks = "running_mean" in arrays
     if tracks != ("running_var" in arrays) or not (arrays or channels):
         raise ValueError(f"{fn}: source has {', '.join(arrays) or 'no keys'}, expected running_mean and running_var")
     wide = any(a.dtype == np.float64 for a in arrays.values())
-    sizes = [a.size for key, a in arrays.items() if key != "num_batches_tracked"]
+    vectors = {key: a.shape for key, a in arrays.items() if key != "num_batches_tracked"}
+    shape = next(iter(vectors.values()), (channels,))
+    for key, found in vectors.items():
+        if len(found) != 1 or found != shape:
+            expected = shape if len(shape) == 1 else "(C,)"
+            raise ValueError(f"{fn}: {prefix}{key} has shape {found}, expected {expected}")
     layer = BatchNorm.like(
-        "torch", sizes[0] if sizes else channels, **options, scale="weight" in arrays, center="bias" in arrays,
+        "torch", shape, **options, scale="weight" in arrays, center="bias" in arrays,
         track_running_stats=tracks, dtype="float64" if wide else "float32",
     )  # fmt: skip
     given: dict[str, Any] = {_KEYS[key]: a for key, a in arrays.items()}

@@ -118,6 +118,18 @@ def test_it_trains(autograd, fa):
     assert loss(p) < first / 4
 
 
+def test_a_variance_of_0_without_eps_passes_only_betas_gradient(autograd, fa):
+    anp = importlib.import_module("autograd.numpy")
+    x, var = np.arange(8.0).reshape(4, 2), np.array([0.0, 4.0])
+
+    def loss(mean, var, beta):
+        return anp.sum(fa.batch_norm(x, mean, var, 3.0, beta, eps=0))
+
+    dmean, dvar, dbeta = autograd.grad(loss, (0, 1, 2))(np.ones(2), var, np.zeros(2))
+    assert (dmean[0], dvar[0], dbeta[0]) == (0.0, 0.0, 4.0)
+    np.testing.assert_allclose((dmean[1], dvar[1]), (-4 * 3 / 2, -3 * (x[:, 1] - 1).sum() / 16), rtol=1e-14)
+
+
 def test_errors_are_those_of_the_verbs(fa):
     with pytest.raises(ValueError, match="batch_norm_train: x has one value per channel"):
         fa.batch_norm_train(np.ones((1, 3)))

@@ -192,6 +192,7 @@ def test_the_input_is_written_only_where_that_is_asked(rng, verb):
 def test_integers_become_float64(rng):
     tags = BatchNormTransformer().__sklearn_tags__()
     assert sorted(tags.transformer_tags.preserves_dtype) == ["float16", "float32", "float64"]
+    assert tags.input_tags.three_d_array
     assert not tags.input_tags.allow_nan
     x = rng.integers(0, 255, (9, 3)).astype("uint8")
     norm = BatchNormTransformer().fit(x)

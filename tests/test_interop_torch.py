@@ -856,6 +856,15 @@ def test_vmap_and_func_take_pytorchs_own(pair, calls):
     close(gradient, leaf.grad)
 
 
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="PyTorch was built without oneDNN")
+def test_other_layouts_take_pytorchs_own(pair, calls):
+    b, x, expected = pair
+    found = b[1](b[0](x).to_mkldnn())
+    assert not calls
+    assert found.layout is torch._mkldnn
+    close(found.to_dense().relu(), expected)
+
+
 @pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")  # PyTorch's own forward mode scripts itself
 @pytest.mark.parametrize("of", ["input", "weight"])
 @pytest.mark.parametrize("records", [True, False])

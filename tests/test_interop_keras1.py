@@ -257,3 +257,16 @@ def test_misuse(rng):
     refused(lambda: bn.backward(dy[1:]), r"BatchNormalization\.backward", "dy", ValueError)
     refused(lambda: make.from_config(3), r"BatchNormalization\.from_config", "config", TypeError)
     np.testing.assert_array_equal(bn.get_weights(), before)
+
+
+def test_the_first_layer_of_a_model_knows_its_input():
+    """As Keras 1 writes it, and as it stands in the configuration of a model that was saved."""
+    for given in ({"input_shape": (5, 3)}, {"batch_input_shape": [None, 5, 3]}):
+        bn = keras1.BatchNormalization(mode=0, input_dtype="float32", **given)
+        assert [w.shape for w in bn.get_weights()] == [(3,)] * 4
+        config = bn.get_config()
+        assert (config["batch_input_shape"], config["input_dtype"]) == ((None, 5, 3), "float32")
+        again = keras1.BatchNormalization.from_config(config)
+        assert again.built
+        assert again.get_config() == config
+    assert not {"batch_input_shape", "input_dtype"} & set(keras1.BatchNormalization().get_config())

@@ -67,6 +67,10 @@ class BatchNormalization:
     name : str, optional
     trainable : bool
         False: `trainable_weights` is empty and `backward` leaves dgamma and dbeta None. Running averages still move.
+    input_shape, batch_input_shape : sequence, optional
+        Of the first layer of a model, without and with the samples' axis, None where unknown: it is built at once.
+    input_dtype : str, optional
+        Of the first layer; kept for `get_config` alone.
 
     Attributes
     ----------
@@ -116,6 +120,9 @@ class BatchNormalization:
         *,
         name: str | None = None,
         trainable: bool = True,
+        input_shape: Sequence[int | None] | None = None,
+        batch_input_shape: Sequence[int | None] | None = None,
+        input_dtype: str | None = None,
     ) -> None:
         fn = "BatchNormalization"
         self.epsilon = _check.number(fn, "epsilon", epsilon, 0.0)
@@ -142,6 +149,12 @@ class BatchNormalization:
         self.dgamma: Array | None = None
         self.dbeta: Array | None = None
         self._saved: Any = None
+        if input_shape is not None and batch_input_shape is None:
+            batch_input_shape = (None, *input_shape)
+        self.input_dtype = input_dtype
+        self.batch_input_shape = None if batch_input_shape is None else tuple(batch_input_shape)
+        if self.batch_input_shape is not None:
+            self.build(self.batch_input_shape)
 
     # ------------------------------------------------------------------------------------------------------- weights
 
@@ -342,7 +355,9 @@ class BatchNormalization:
 
     def get_config(self) -> dict[str, Any]:
         """What makes such a layer again, but for weights and their initialization, which Keras 1 leaves out too."""
+        first = {"batch_input_shape": self.batch_input_shape, "input_dtype": self.input_dtype}
         return {
+            **{k: v for k, v in first.items() if v is not None},
             "epsilon": self.epsilon,
             "mode": self.mode,
             "axis": self.axis,

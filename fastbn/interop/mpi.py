@@ -113,8 +113,8 @@ def batch_norm_train(
     Notes
     -----
     Reads x twice and writes y once: all x must be measured before any y can be written. Where the mean of a channel is
-    1,000 standard deviations from 0, x is also copied as float64 and read twice more, for the digits that its mean
-    lost: the variance of all ranks has 12 digits for any offset.
+    1,000 standard deviations from 0, x is read once more and copied as float64 block by block, for the digits that its
+    mean lost: the variance of all ranks has 12 digits for any offset.
 
     Two messages: the channels, and 3C + 2 float64; a `BatchNorm` knows the channels and sends one. Each rank receives
     the second from all, 8 * (3C + 2) bytes from each.

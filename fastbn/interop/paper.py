@@ -133,8 +133,8 @@ def population(batches: Iterable[npt.ArrayLike], *, axis: int | tuple[int, ...] 
     Parameters
     ----------
     batches : iterable of arrays
-        Inputs of a layer, one mini-batch at a time; each is read once and then let go. Where their sizes differ, each
-        variance bears the m of its own batch.
+        Inputs of a layer, one mini-batch at a time; each is read as by `fastbn.moments`, and let go. Where their
+        sizes differ, each variance bears the m of its own batch.
     axis : int or tuple of ints
         The channel axis.
 

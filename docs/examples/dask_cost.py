@@ -39,7 +39,7 @@ def forward(shape, samples):
 def main(argv=None):
     """Measure and print."""
     options = report.parser(__doc__).parse_args(argv)
-    shape, rounds = ((8, 4, 8, 8), 1) if options.quick else (SHAPE, 5)
+    shape, rounds = ((32, 4, 8, 8), 1) if options.quick else (SHAPE, 5)
     fastbn.set_num_threads(2)
     rows = []
     with LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster, Client(cluster) as client:

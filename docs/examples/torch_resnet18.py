@@ -126,9 +126,9 @@ def differences(losses):
 def main(argv=None):
     """Measure and print."""
     parser = report.parser(__doc__)
-    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--batch", type=int, default=32, help="images a step (%(default)s)")
     parser.add_argument("--side", type=int, default=224, help="of the images (%(default)s)")
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=7, help="steps of each that are measured (%(default)s)")
     parser.add_argument("--channels-last", action="store_true", help="in PyTorch's memory format of that name")
     options = parser.parse_args(argv)
     width = 64

@@ -1,5 +1,7 @@
 """Batch normalization folded into the weights before it: fold_conv, fold_linear."""
 
+from __future__ import annotations  # help() says ArrayLike, not all that it stands for
+
 from typing import Any
 
 import numpy as np

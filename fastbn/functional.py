@@ -1,5 +1,7 @@
 """The verbs: `batch_norm`, `batch_norm_train`, `batch_norm_backward`."""
 
+from __future__ import annotations  # help() says ArrayLike, not all that it stands for
+
 from typing import Any, Literal, Self
 
 import numpy as np
@@ -101,7 +103,7 @@ def batch_norm_train(
     residual: npt.ArrayLike | None = None,
     activation: Literal["relu"] | None = None,
     out: Array | None = None,
-) -> tuple[Array, "Saved"]:
+) -> tuple[Array, Saved]:
     """Normalize with the statistics of x itself: the training forward.
 
     ``y = activation((x - mean) / sqrt(var + eps) * gamma + beta + residual)``, with the mean and the variance (divided
@@ -161,7 +163,7 @@ def batch_norm_train(
     return trained(x, gamma, beta, axis=axis, eps=eps, where=where, residual=residual, activation=activation, out=out)
 
 
-def batch_norm_backward(dy: npt.ArrayLike, saved: "Saved", *, out: Array | None = None) -> tuple[Array, ...]:
+def batch_norm_backward(dy: npt.ArrayLike, saved: Saved, *, out: Array | None = None) -> tuple[Array, ...]:
     """Gradients of a `batch_norm_train`, given the gradient `dy` of its y.
 
     With xhat = (x - mean) / sqrt(var + eps), g = dy (with an activation 0 where y is not above 0), and sums over the
@@ -450,7 +452,7 @@ def trained(
     activation: Literal["relu"] | None,
     out: Array | None,
     single: bool = False,
-) -> tuple[Array, "Saved"]:
+) -> tuple[Array, Saved]:
     """`batch_norm_train`; with `single` also of one value per channel, whose variance is 0."""
     fn = "batch_norm_train"
     x = _check.array(fn, "x", x)

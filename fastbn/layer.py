@@ -1,5 +1,7 @@
 """BatchNorm: parameters and running statistics over the verbs."""
 
+from __future__ import annotations  # help() says ArrayLike, not all that it stands for
+
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal, Self
 

@@ -1,5 +1,7 @@
 """Statistics on their own: `moments`, the mergeable value `Moments`, `update_running`."""
 
+from __future__ import annotations  # help() says ArrayLike, not all that it stands for
+
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Self
@@ -95,7 +97,7 @@ class Moments:
         shape = _check.channel_shape("Moments.empty", channels, least=0)
         return cls(0, np.zeros(shape), np.zeros(shape))
 
-    def merge(self, other: "Moments") -> "Moments":
+    def merge(self, other: Moments) -> Moments:
         """The moments of both sets of values together; the same as ``self + other``."""
         if not isinstance(other, Moments):
             raise TypeError(f"Moments.merge: other is of type {type(other).__name__}, expected Moments")
@@ -121,10 +123,10 @@ class Moments:
             m2 = np.where(theirs, other.m2, np.where(own, self.m2, m2))
         return Moments.trusted(count, mean, m2)
 
-    def __add__(self, other: object) -> "Moments":
+    def __add__(self, other: object) -> Moments:
         return self.merge(other) if isinstance(other, Moments) else NotImplemented
 
-    def __radd__(self, other: object) -> "Moments":
+    def __radd__(self, other: object) -> Moments:
         # sum() starts from 0.
         return self if isinstance(other, int) and other == 0 else NotImplemented
 

@@ -172,6 +172,11 @@ def test_every_public_name_explains_itself(name, thing):
     assert doc.splitlines()[0].rstrip().endswith((".", ":", "``")), f"{name}: {doc.splitlines()[0]}"
 
 
+@pytest.mark.parametrize(("name", "thing"), [pytest.param(n, t, id=n) for n, t in public_objects() if callable(t)])
+def test_help_begins_with_a_signature_that_can_be_read(name, thing):
+    assert "_typing" not in str(inspect.signature(thing)), f"{name}: all that ArrayLike stands for"
+
+
 @pytest.mark.parametrize("name", fastbn.__all__)
 def test_the_examples_run(name):
     thing = getattr(fastbn, name)

@@ -4,6 +4,8 @@ Source: the course's starter code of 2016 to 2024, whose docstrings say what stu
 in the dict `bn_param` and start at 0, the weight of the old value is 0.9, and the running variance is divided by N.
 """
 
+from __future__ import annotations  # help() says ArrayLike, not all that it stands for
+
 from collections.abc import MutableMapping
 from typing import Any
 

@@ -6,6 +6,8 @@ holds a variance, as `K.batch_normalization` expects it (on Theano with cuDNN it
 ``weights=[gamma, beta, mean, std]`` is taken as 1.2.2 takes it, a variance in the place of std.
 """
 
+from __future__ import annotations  # help() says ArrayLike, not all that it stands for
+
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Self

@@ -14,6 +14,8 @@ interrupted or runs out of memory behind it: start programs by ``python -m mpi4p
 one fails.
 """
 
+from __future__ import annotations  # help() says ArrayLike, not all that it stands for
+
 from collections.abc import Callable, Iterable
 from typing import Any, Literal, NamedTuple, NoReturn, Self
 
@@ -87,7 +89,7 @@ def batch_norm_train(
     residual: npt.ArrayLike | None = None,
     activation: Literal["relu"] | None = None,
     out: Array | None = None,
-) -> tuple[Array, "Saved"]:
+) -> tuple[Array, Saved]:
     """Normalize with the statistics of the arrays of all ranks: the training forward of a synchronized layer.
 
     Parameters
@@ -123,7 +125,7 @@ def batch_norm_train(
                     residual=residual, activation=activation, out=out)  # fmt: skip
 
 
-def batch_norm_backward(dy: npt.ArrayLike, saved: "Saved", *, out: Array | None = None) -> tuple[Array, ...]:
+def batch_norm_backward(dy: npt.ArrayLike, saved: Saved, *, out: Array | None = None) -> tuple[Array, ...]:
     """Gradients of a `batch_norm_train` of this module, of the sum over all ranks of what `dy` is the gradient of.
 
     Parameters

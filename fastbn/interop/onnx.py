@@ -5,6 +5,8 @@ define it. The evaluator's own (onnx/reference/ops/op_batch_normalization.py the
 the statistics of the batch into an inference of the opsets 9 to 13.
 """
 
+from __future__ import annotations  # help() says ArrayLike, not all that it stands for
+
 import os
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -232,7 +234,7 @@ class _Constants:
     def __init__(self, known: Mapping[str, Any], folder: str, opset: int) -> None:
         self.known, self.folder, self.opset = known, folder, opset
 
-    def inside(self, graph: Any) -> "_Constants":
+    def inside(self, graph: Any) -> _Constants:
         """The same with the names of a graph."""
         own = {tensor.name: tensor for tensor in graph.initializer}
         own |= {n.output[0]: n for n in graph.node if n.op_type in self.passing and n.domain in STANDARD}

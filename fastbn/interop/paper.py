@@ -5,6 +5,8 @@ step 10, takes E[x] as the mean over mini-batches of their means, and Var[x] as 
 mini-batches of their variances; step 11 makes one affine map of it. All samples pooled give other numbers.
 """
 
+from __future__ import annotations  # help() says ArrayLike, not all that it stands for
+
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any

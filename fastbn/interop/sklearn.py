@@ -5,6 +5,8 @@ with statistics that keep their digits at any offset. Interface: scikit-learn 1.
 and `sklearn.utils.estimator_checks.check_estimator`.
 """
 
+from __future__ import annotations  # help() says ArrayLike, not all that it stands for
+
 from typing import Any, Self
 
 import numpy as np

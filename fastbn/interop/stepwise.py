@@ -4,6 +4,8 @@ Source: Kratzert 2016, "Understanding the backward pass through Batch Normalizat
 follow it. The cache is the tuple ``(xhat, gamma, xmu, ivar, sqrtvar, var, eps)``, and the backward works from it alone.
 """
 
+from __future__ import annotations  # help() says ArrayLike, not all that it stands for
+
 from typing import Any
 
 import numpy as np

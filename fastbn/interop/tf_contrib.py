@@ -7,6 +7,8 @@ never move, as there. Each call is a step, so calls after the first say ``reuse=
 scope.
 """
 
+from __future__ import annotations  # help() says ArrayLike, not all that it stands for
+
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Literal
@@ -142,7 +144,7 @@ class Graph:
         self._calls: dict[str, tuple[Saved, Any]] = {}
 
     @contextlib.contextmanager
-    def as_default(self) -> Iterator["Graph"]:
+    def as_default(self) -> Iterator[Graph]:
         """Make it the default graph inside of a ``with``."""
         _graphs.append(self)
         try:

@@ -4,6 +4,8 @@
 numbers, and there is no eps. No axis is a channel axis: it is batch normalization with ``axis=()``.
 """
 
+from __future__ import annotations  # help() says ArrayLike, not all that it stands for
+
 from typing import Any
 
 import numpy as np

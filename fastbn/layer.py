@@ -291,7 +291,7 @@ class BatchNorm:
         Parameters
         ----------
         batches : iterable of arrays
-            Inputs of this layer, one batch at a time; each is read once and let go before the next is asked for. A
+            Inputs of this layer, one batch at a time; each is let go before the next is asked for. A
             list or tuple too holds batches. A single array, such as a memory-map, is one batch (`moments` says what is
             copied of it: nothing as a rule).
         start : Moments, optional

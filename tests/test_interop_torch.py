@@ -865,7 +865,7 @@ def test_other_layouts_take_pytorchs_own(pair, calls):
     close(found.to_dense().relu(), expected)
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")  # PyTorch's own forward mode scripts itself
+@JIT_WARNS  # PyTorch's own forward mode scripts itself
 @pytest.mark.parametrize("of", ["input", "weight"])
 @pytest.mark.parametrize("records", [True, False])
 def test_forward_mode_takes_pytorchs_own(pair, calls, of, records):

@@ -246,8 +246,8 @@ if __name__ == "__main__":
     with multiprocessing.get_context("fork").Pool(2) as pool:
         found = pool.imap_unordered(work, [0] * 10**6)
         assert next(found) == expected
-        print("working", flush=True)
         try:
+            print("working", flush=True)  # the signal may come before this returns
             for value in found:
                 assert value == expected
         except KeyboardInterrupt:

@@ -682,7 +682,8 @@ def test_ranks_are_refused_as_pytorch_does(rank, wrong):
         (nn.BatchNorm2d(3), torch.rand(2, 4, 5, 5), ValueError, "BatchNorm2d: input has 4 channels, expected 3"),
         (nn.BatchNorm2d(1), torch.rand(2, 4, 5, 5), ValueError, "BatchNorm2d: input has 4 channels, expected 1"),
         (nn.BatchNorm1d(3, affine=False), torch.rand(2, 4), ValueError, "BatchNorm1d: input has 4 channels"),
-        (nn.BatchNorm1d(3), torch.ones(2, 3, dtype=torch.complex64), TypeError, "dtype complex64, expected"),
+        (nn.BatchNorm1d(3), torch.ones(2, 3, dtype=torch.complex64), TypeError, r"dtype torch\.complex64, expected"),
+        (nn.BatchNorm1d(3), torch.ones(2, 3, dtype=torch.int32), TypeError, r"dtype torch\.int32, expected a floating"),
     ],
 )
 def test_a_call_that_is_refused_changes_nothing(module, x, error, match):

@@ -115,12 +115,14 @@ class _OnFastbn:
             Another rank or number of channels; one value per channel in training; a tensor on another device.
             Everything is as it was then.
         TypeError
-            A complex or 8-bit floating dtype.
+            Integers, and a complex or 8-bit floating dtype.
         """
         if torch.compiler.is_compiling() or _transformed(input):
             return super().forward(input)  # type: ignore[misc]
         self._check_input_dim(input)
         fn = type(self).__name__
+        if not input.is_floating_point():
+            raise TypeError(f"{fn}: input has dtype {input.dtype}, expected a floating one")
         x = _array(fn, "input", input)
         gamma, beta, mean, var = (
             None if (t := getattr(self, name)) is None else _array(fn, name, t)

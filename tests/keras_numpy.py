@@ -12,9 +12,9 @@ import traceback
 
 os.environ["KERAS_BACKEND"] = "numpy"  # before Keras is imported
 
-import interop_pages
 import ml_dtypes  # noqa: F401  np.dtype("bfloat16")
 import numpy as np
+import pages
 import pytest
 import reference
 from keras import Input, Model, Sequential, layers, ops
@@ -310,7 +310,7 @@ def a_layer_that_is_no_source_is_refused():
 
 
 def the_page_prints_what_it_says():
-    interop_pages.check("keras.md")
+    pages.check("how-to/keras.md")
 
 
 TESTS = [

@@ -5,12 +5,10 @@ given. Batches differ in size from step to step, and one channel has a variance 
 per channel.
 """
 
-import contextlib
 import copy
 import dataclasses
 import functools
 import importlib.util
-import io
 import json
 import pickle
 import re
@@ -18,6 +16,7 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
+import pages
 import pytest
 from subprocesses import run_script
 
@@ -585,18 +584,4 @@ def test_weights_are_named_as_in_the_installed_system(system):
 
 
 def test_the_code_of_the_page_prints_what_its_comments_say():
-    names = {}  # each block goes on where the one before ended
-    blocks = re.findall(r"^```python\n(.*?)^```", PAGE.read_text(), re.M | re.S)
-    assert blocks
-    for code in blocks:
-        expected = [line[2:] for line in code.splitlines() if line.startswith("# ")]
-        printed = io.StringIO()
-        with contextlib.redirect_stdout(printed):
-            exec(compile(code, PAGE.name, "exec"), names)
-        assert printed.getvalue().splitlines() == expected
-        assert expected
-
-
-def test_the_links_of_the_page_lead_somewhere():
-    for target in re.findall(r"\]\((?!http)([^)#]+)", PAGE.read_text()):
-        assert (PAGE.parent / target).exists(), target
+    pages.check("reference/conventions.md")

@@ -3,14 +3,11 @@
 The two steps are computed in long double, by loops that know nothing of folding, and by PyTorch, Keras and JAX.
 """
 
-import contextlib
 import importlib.util
-import io
 import itertools
-import re
-from pathlib import Path
 
 import numpy as np
+import pages
 import pytest
 import reference
 from arrays import FLOATS, SINGLE_VIEWS, memory
@@ -519,22 +516,6 @@ def test_jax_has_the_axes_of_a_plain_convolution_in_a_transposed_one():
 
 # ---------------------------------------------------------------------------------------------------------- the how-to
 
-PAGE = Path(__file__).parents[1] / "docs" / "how-to" / "inference.md"
-
 
 def test_the_code_of_the_how_to_prints_what_its_comments_say():
-    blocks = re.findall(r"^```python\n(.*?)^```", PAGE.read_text(), re.M | re.S)
-    assert blocks
-    names = {}  # each block goes on where the one before ended
-    for code in blocks:
-        expected = [line[2:] for line in code.splitlines() if line.startswith("# ")]
-        printed = io.StringIO()
-        with contextlib.redirect_stdout(printed):
-            exec(compile(code, PAGE.name, "exec"), names)
-        assert printed.getvalue().splitlines() == expected
-        assert expected
-
-
-def test_the_links_of_the_how_to_lead_somewhere():
-    for target in re.findall(r"\]\((?!http)([^)#]+)", PAGE.read_text()):
-        assert (PAGE.parent / target).exists(), target
+    pages.check("how-to/inference.md")

@@ -1,10 +1,9 @@
 """dask arrays: any chunks, any scheduler, the same result as in memory and the same bits."""
 
-import contextlib
-import io
 import re
 
 import numpy as np
+import pages
 import pytest
 from reference import assert_within, train
 from subprocesses import ROOT, run_python, run_script
@@ -256,20 +255,8 @@ except ImportError as error:
     assert run_script(script) == 'fastbn.interop.dask needs dask: pip install "fastbn[dask]"\n'
 
 
-PAGE = ROOT / "docs" / "how-to" / "dask.md"
-
-
 def test_the_code_of_the_page_prints_what_its_comments_say():
-    blocks = re.findall(r"^```python\n(.*?)^```", PAGE.read_text(), re.M | re.S)
-    assert blocks
-    names = {}  # each block goes on where the one before ended
-    for code in blocks:
-        printed = io.StringIO()
-        with contextlib.redirect_stdout(printed):
-            exec(compile(code, PAGE.name, "exec"), names)
-        assert (
-            printed.getvalue().splitlines() == [line[2:] for line in code.splitlines() if line.startswith("# ")] != []
-        )
+    pages.check("how-to/dask.md")
 
 
 def test_the_script_of_the_page_prints_its_table():
@@ -289,9 +276,3 @@ def test_weights_have_the_chunks_of_an_axis_of_unknown_size():
     assert np.isnan(array.shape[0])
     with pytest.raises(ValueError, match="where has 1 chunks along an axis of unknown size, expected 2"):
         fd.moments(array, where=da.ones((4, 1), chunks=4))
-
-
-def test_the_links_of_the_page_lead_somewhere():
-    text = PAGE.read_text()
-    for target in re.findall(r"\]\((?!http)([^)#]+)", text) + re.findall(r"docs/examples/\S+\.py", text):
-        assert (ROOT / target if target.startswith("docs/") else PAGE.parent / target).exists(), target

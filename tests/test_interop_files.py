@@ -12,9 +12,9 @@ import sys
 import threading
 import tracemalloc
 import zipfile
-from pathlib import Path
 
 import numpy as np
+import pages
 import pytest
 from subprocesses import run_script
 
@@ -659,28 +659,11 @@ def test_readers_beside_writers_see_one_whole_layer(path):
 
 # ------------------------------------------------------------------------------------------------------------- the page
 
-PAGE = Path(__file__).parents[1] / "docs" / "how-to" / "save-and-load.md"
-
 
 def test_the_code_of_the_how_to_prints_what_its_comments_say(tmp_path, monkeypatch):
     _safetensors()
     monkeypatch.chdir(tmp_path)
-    blocks = re.findall(r"^```python\n(.*?)^```", PAGE.read_text(), re.M | re.S)
-    assert blocks
-    names = {}  # each block goes on where the one before ended
-    for code in blocks:
-        expected = [line[2:] for line in code.splitlines() if line.startswith("# ")]
-        printed = io.StringIO()
-        with contextlib.redirect_stdout(printed):
-            exec(compile(code, PAGE.name, "exec"), names)
-        assert printed.getvalue().splitlines() == expected
-        assert expected
-
-
-def test_the_links_of_the_how_to_lead_somewhere():
-    prose = re.sub(r"^```.*?^```", "", PAGE.read_text(), flags=re.M | re.S)
-    for target in re.findall(r"\]\((?!http)([^)#]+)", prose):
-        assert (PAGE.parent / target).exists(), target
+    pages.check("how-to/save-and-load.md")
 
 
 def test_the_examples_run():

@@ -5,8 +5,8 @@ import importlib.util
 import os
 import sys
 
-import interop_pages
 import numpy as np
+import pages
 import pytest
 import reference
 from arrays import HALVES
@@ -255,7 +255,7 @@ def test_running_statistics_of_a_training_step(jax, fj):
 
 def test_the_page_prints_what_it_says(jax):
     pytest.importorskip("autograd", reason="autograd is not installed: the page uses it")
-    interop_pages.check("jax.md")
+    pages.check("how-to/jax.md")
 
 
 def test_the_examples_run(fj):

@@ -1,33 +1,20 @@
 """Older systems together: the how-to page, the examples of docstrings, signatures, and the conventions of the layer."""
 
-import contextlib
 import doctest
 import inspect
-import io
-import re
-from pathlib import Path
 
 import numpy as np
+import pages
 import pytest
 
 import fastbn
 from fastbn.interop import cs231n, keras1, paper, stepwise, tf_contrib, whole_tensor
 
-PAGE = Path(__file__).parents[1] / "docs" / "how-to" / "older-systems.md"
 MODULES = [cs231n, keras1, paper, stepwise, tf_contrib, whole_tensor]
 
 
 def test_the_code_of_the_page_prints_what_its_comments_say():
-    blocks = re.findall(r"^```python\n(.*?)^```", PAGE.read_text(), re.M | re.S)
-    assert blocks
-    names = {}  # each block goes on where the one before ended
-    for code in blocks:
-        expected = [line[2:] for line in code.splitlines() if line.startswith("# ")]
-        printed = io.StringIO()
-        with contextlib.redirect_stdout(printed):
-            exec(compile(code, PAGE.name, "exec"), names)
-        assert printed.getvalue().splitlines() == expected
-        assert expected
+    pages.check("how-to/older-systems.md")
 
 
 @pytest.mark.parametrize("module", MODULES, ids=lambda m: m.__name__.rpartition(".")[2])

@@ -2,9 +2,9 @@
 
 import itertools
 import re
-from pathlib import Path
 
 import numpy as np
+import pages
 import pytest
 import reference
 from subprocesses import ROOT, run_python, run_script
@@ -813,18 +813,11 @@ def test_a_real_network_on_real_pictures(runtime):
     assert all(float(figure) < 1e-5 for figures in apart for figure in figures), printed
 
 
-PAGE = Path(ROOT, "docs", "how-to", "onnx.md")
-
-
 @pytest.mark.jit("the page's figures are those of compiled code")
-def test_the_page(runtime, tmp_path, monkeypatch, capsys):
+def test_the_page(runtime, tmp_path, monkeypatch):
     """Its blocks run one after the other, in a folder of their own, and print what their comments say."""
     monkeypatch.chdir(tmp_path)
-    space = {}
-    for block in re.findall(r"^```python\n(.*?)^```", PAGE.read_text(), re.M | re.S):
-        expected = [line[2:] for line in block.splitlines() if line.startswith("# ")]
-        exec(compile(block, str(PAGE), "exec"), space)
-        assert capsys.readouterr().out.splitlines() == expected
+    pages.check("how-to/onnx.md")
 
 
 def test_examples_in_docstrings():

@@ -17,6 +17,7 @@ import weakref
 from pathlib import Path
 
 import numpy as np
+import pages
 import pytest
 import reference
 from subprocesses import run_python, run_script
@@ -1089,26 +1090,8 @@ def test_examples_in_docstrings():
         assert not result.failed, thing.__name__
 
 
-PAGE = ROOT / "docs" / "how-to" / "pytorch.md"
-
-
 def test_the_code_of_the_how_to_prints_what_its_comments_say():
-    blocks = re.findall(r"^```python\n(.*?)^```", PAGE.read_text(), re.M | re.S)
-    assert blocks
-    names = {}  # each block goes on where the one before ended
-    for code in blocks:
-        expected = [line[2:] for line in code.splitlines() if line.startswith("# ")]
-        printed = io.StringIO()
-        with contextlib.redirect_stdout(printed):
-            exec(compile(code, PAGE.name, "exec"), names)
-        assert printed.getvalue().splitlines() == expected
-        assert expected
-
-
-def test_the_links_of_the_how_to_lead_somewhere():
-    prose = re.sub(r"```.*?```", "", PAGE.read_text(), flags=re.S)
-    for target in re.findall(r"\]\((?!http)([^)#]+)", prose):
-        assert (PAGE.parent / target).exists(), target
+    pages.check("how-to/pytorch.md")
 
 
 EXAMPLES = ROOT / "docs" / "examples"

@@ -1,7 +1,6 @@
 """More data than memory: batches of any sizes and memory-maps, one at a time, stopped and gone on with."""
 
 import collections
-import contextlib
 import io
 import itertools
 import re
@@ -10,6 +9,7 @@ import weakref
 from pathlib import Path
 
 import numpy as np
+import pages
 import pytest
 import reference
 from arrays import ArrayLike
@@ -445,16 +445,7 @@ HOW_TO = Path(__file__).parents[1] / "docs" / "how-to"
 def test_the_code_of_a_how_to_prints_what_its_comments_say(page):
     if page == "scikit-learn":
         pytest.importorskip("sklearn", reason="scikit-learn is not installed: its page cannot be run")
-    blocks = re.findall(r"^```python\n(.*?)^```", (HOW_TO / f"{page}.md").read_text(), re.M | re.S)
-    assert blocks
-    names = {}  # each block goes on where the one before ended
-    for code in blocks:
-        expected = [line[2:] for line in code.splitlines() if line.startswith("# ")]
-        shown = io.StringIO()
-        with contextlib.redirect_stdout(shown):
-            exec(compile(code, page, "exec"), names)
-        assert shown.getvalue().splitlines() == expected
-        assert expected
+    names = pages.check(f"how-to/{page}.md")
     if "folder" in names:
         del names["images"]
         names["folder"].cleanup()

@@ -8,7 +8,6 @@ system's cache. Below that: the moments of a thousand machines, made up, and add
 
 import tempfile
 from pathlib import Path
-from time import perf_counter
 
 import numpy as np
 import report
@@ -17,16 +16,6 @@ import fastbn
 
 SHAPE = (256, 64, 56, 56)
 MACHINES = 1000
-
-
-def seconds(call, rounds):
-    """The best of so many."""
-    best = float("inf")
-    for _ in range(rounds):
-        start = perf_counter()
-        call()
-        best = min(best, perf_counter() - start)
-    return best
 
 
 def batches(x, size):
@@ -46,7 +35,7 @@ def main(argv=None):
             x[n : n + 32] = rng.standard_normal((32, *shape[1:]), dtype="float32")
         rows = []
         for size in (len(x), 64, 16, 4, 1):
-            ms = 1e3 * seconds(lambda size=size, x=x: fastbn.moments(batches(x, size)), rounds)
+            ms = 1e3 * report.seconds(lambda size=size, x=x: fastbn.moments(batches(x, size)), rounds)
             rows.append([str(size), str(len(x) // size), f"{x.nbytes / len(x) * size / 1e6:.1f}", f"{ms:.1f}",
                          f"{x.nbytes / ms / 1e6:.1f}"])  # fmt: skip
         print(f"Moments of {shape}, float32, {x.nbytes / 1e6:.0f} MB:\n")
@@ -54,7 +43,7 @@ def main(argv=None):
     rows = []
     for channels in (64, 2048):
         m = fastbn.moments(rng.standard_normal((8, channels)))
-        ms = 1e3 * seconds(lambda m=m: sum([m] * MACHINES), rounds)
+        ms = 1e3 * report.seconds(lambda m=m: sum([m] * MACHINES), rounds)
         rows.append([str(channels), str(m.mean.nbytes + m.m2.nbytes + 8), f"{ms:.1f}"])
     print(f"\nMoments from {MACHINES} machines:\n")
     report.table(["channels", "bytes from each", "ms to add all"], rows, options.markdown)

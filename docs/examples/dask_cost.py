@@ -6,8 +6,6 @@ workers of one thread, fastbn in memory two threads.
     python docs/examples/dask_cost.py
 """
 
-from time import perf_counter
-
 import dask
 import dask.array as da
 import numpy as np
@@ -18,16 +16,6 @@ import fastbn
 import fastbn.interop.dask as fd
 
 SHAPE = (128, 64, 56, 56)
-
-
-def seconds(call, rounds):
-    """The best of so many."""
-    best = float("inf")
-    for _ in range(rounds):
-        start = perf_counter()
-        call()
-        best = min(best, perf_counter() - start)
-    return best
 
 
 def forward(shape, samples):
@@ -57,7 +45,7 @@ def main(argv=None):
                 lambda small=small: dask.compute(*small[0], scheduler="threads", num_workers=2),
                 lambda small=small: client.gather(client.compute(list(small[1]))),
             ]
-            ms = [f"{1e3 * seconds(call, rounds):.0f}" for call in calls]
+            ms = [f"{1e3 * report.seconds(call, rounds):.0f}" for call in calls]
             rows.append([str(parts), f"{given.nbytes / parts / 1e6:.1f}", str(tasks), *ms])
     print(f"A training forward of {shape}, float32:\n")
     head = ["chunks", "MB each", "tasks beside x's", "in memory, ms", "threads, ms", "cluster, ms"]

@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import datetime
 from importlib.metadata import PackageNotFoundError, version
+from time import perf_counter
 
 import fastbn
 from fastbn._config import config
@@ -16,6 +17,16 @@ def parser(doc):
     p.add_argument("--markdown", action="store_true", help="print the tables as Markdown")
     p.add_argument("--quick", action="store_true", help="a few small runs: that it works, not how fast it is")
     return p
+
+
+def seconds(call, rounds):
+    """The best of so many calls."""
+    best = float("inf")
+    for _ in range(rounds):
+        start = perf_counter()
+        call()
+        best = min(best, perf_counter() - start)
+    return best
 
 
 def table(head, rows, markdown):

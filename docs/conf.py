@@ -1,15 +1,10 @@
-"""How Sphinx builds these pages: `sphinx-build -W docs OUT`, or `hatch run docs`."""
-
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parent))
+"""How Sphinx builds these pages; `python docs/build.py` calls it, and checks what comes out."""
 
 import fastbn
 
 project = "fastbn"
 author = "The fastbn developers"
-copyright = "The fastbn developers"
+copyright = "the fastbn developers, BSD 3-clause"
 version = release = fastbn.__version__
 
 extensions = [
@@ -18,27 +13,56 @@ extensions = [
     "sphinx.ext.autodoc",
     "sphinx.ext.autosummary",
     "sphinx.ext.mathjax",
-    "sphinx-mathjax-offline",
+    "sphinx-mathjax-offline",  # formulas without a network
     "sphinx_design",
     "sphinx_copybutton",
+    "sphinx_gallery.gen_gallery",
 ]
-exclude_patterns = ["_build", "examples"]
+exclude_patterns = [
+    "_build",
+    "examples",
+    "tutorial",
+    "gallery",
+    "**sg_execution_times.rst",
+]  # sphinx_gallery reads two of them
 root_doc = "index"
-autodoc_typehints = "none"
+
+# Every reference to a name of fastbn must lead somewhere; there is no network here to look for those of others.
+nitpicky = True
+nitpick_ignore_regex = [("py:.*", r"(?!fastbn).*")]
+
+autosummary_generate = True
+autodoc_typehints = "none"  # numpydoc says them in words
+autodoc_member_order = "bysource"
+numpydoc_show_class_members = False
+numpydoc_xref_param_type = False
 
 myst_enable_extensions = ["dollarmath", "amsmath", "colon_fence", "deflist"]
 myst_heading_anchors = 3
-# A block of code without a language is a shell command or a formula.
-highlight_language = "none"
+highlight_language = "none"  # a block without a language is a command or what it prints
 
-numpydoc_show_class_members = False
-autodoc_member_order = "bysource"
-autosummary_generate = True
+sphinx_gallery_conf = {
+    "examples_dirs": ["tutorial", "gallery"],
+    "gallery_dirs": ["generated/tutorial", "generated/gallery"],
+    "filename_pattern": r"plot_\w+\.py$",
+    "abort_on_example_error": True,
+    "download_all_examples": False,
+    "show_signature": False,
+    "show_memory": False,
+    "write_computation_times": False,
+    "min_reported_time": 0,
+    "within_subsection_order": "FileNameSortKey",
+    "reference_url": {"fastbn": None},
+    "backreferences_dir": None,
+}
+
+templates_path = ["_templates"]
 
 html_theme = "pydata_sphinx_theme"
 html_title = "fastbn"
 html_static_path = ["_static"]
 html_css_files = ["fastbn.css"]
+html_copy_source = False
 html_show_sourcelink = False
 html_theme_options = {
     "navigation_with_keys": False,

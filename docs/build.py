@@ -21,7 +21,7 @@ class Page(HTMLParser):
         self.links, self.loads, self.anchors = [], [], {"", "top"}
         self.feed(text)
 
-    def handle_starttag(self, tag, attrs):
+    def handle_starttag(self, tag, attrs):  # noqa: D102
         attrs = dict(attrs)
         self.anchors |= {attrs[key] for key in ("id", "name") if attrs.get(key)}
         if tag == "a" and attrs.get("href"):
@@ -50,6 +50,7 @@ def faults(out):
 
 
 def main():
+    """The status of the process: 0 if nothing is wrong."""
     out = Path(sys.argv[1] if len(sys.argv) > 1 else DOCS.parent / "build" / "docs").resolve()
     command = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", "-b", "html", str(DOCS), str(out)]
     if subprocess.run(command).returncode:

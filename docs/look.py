@@ -1,8 +1,8 @@
 """Looks at the built pages in a browser, from disk and without a network, as a phone and a desktop show them.
 
-`python docs/look.py build/docs PICTURES` writes a picture of every page at both widths, light and dark, and says what is
-wrong: a page wider than its window, a formula that was not set, an error of a script, anything asked of a network. It
-needs `pip install playwright` and Chromium (Debian: `apt install chromium`).
+`python docs/look.py build/docs PICTURES [WORD ...]` writes a picture of every page (whose name has one of the words) at
+both widths, light and dark, and says what is wrong: a page wider than its window, a formula that was not set, an error
+of a script, anything asked of a network. It needs `pip install playwright` and Chromium (Debian: `apt install chromium`).
 """
 
 import shutil
@@ -47,6 +47,7 @@ def look(browser, page, name, out):
 
 
 def main():
+    """The status of the process: 0 if nothing is wrong."""
     site, out = (Path(arg).resolve() for arg in sys.argv[1:3])
     out.mkdir(parents=True, exist_ok=True)
     pages = [p for p in sorted(site.rglob("*.html")) if "_static" not in p.parts]

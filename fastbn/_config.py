@@ -9,7 +9,7 @@ import numpy as np
 
 from . import _check
 from ._threads import SERIAL_SIZE, get_num_threads, load_tbb, threading_layer
-from .functional import batch_norm, batch_norm_backward, batch_norm_train
+from .functional import Saved, batch_norm, batch_norm_backward, batch_norm_train
 from .moments import moments
 
 
@@ -41,8 +41,9 @@ def warmup(dtypes: Any = ("float32",), axes: Any = (1, -1), *, progress: bool = 
     channels = [
         _check.axis_of_four(fn, "axes", a) for a in (axes if isinstance(axes, (list, tuple, set, range)) else [axes])
     ]
-    # Long inner runs and short ones, small (serial) and large (parallel).
-    shapes = ((2, 8, 2, 2), (2, 8, 16, 16), (2, 64, 32, 32), (256, 64, 2, 2))
+    # Long inner runs and short ones, small (serial) and large (parallel), many channels (fused tiles) and few (split).
+    shapes = [(2, 8, 2, 2), (1024, 3, 2, 2), (2, 8, 16, 16), (4, 2, 32, 32)]
+    shapes += [(256, 64, 2, 2), (8192, 3, 2, 2), (2, 64, 32, 32), (64, 2, 32, 32)]
     xs = [(np.moveaxis(np.ones(s, d), 1, axis).copy(), axis) for d in checked for axis in channels for s in shapes]
     for i, (x, axis) in enumerate(xs):
         if progress:
@@ -50,6 +51,7 @@ def warmup(dtypes: Any = ("float32",), axes: Any = (1, -1), *, progress: bool = 
         y, saved = batch_norm_train(x, axis=axis)
         batch_norm(x, saved.mean, saved.var, axis=axis)
         batch_norm_backward(y, saved)
+        batch_norm_backward(y, Saved.fixed(x, saved.mean, saved.var, axis=axis))
         moments(x, axis=axis)
     if progress:
         print("\r" + " " * 40 + "\r", end="", file=sys.stderr, flush=True)

@@ -250,7 +250,8 @@ def batch_norm_backward(dy: npt.ArrayLike, saved: Saved, *, out: Array | None = 
         given = target.source(dy, lay, convert=True)
         run(
             kernel, lay.size, given, source(x, lay), target.flat, saved._state, saved.eps, saved._divisor, grads,
-            saved.frozen, saved._overwritten, grid.sizes, None if residual is None else residual.flat, bits,
+            not saved.frozen or None, *grid.kind, saved._overwritten, grid.sizes,
+            None if residual is None else residual.flat, bits,
             None if w is None else w.flat, None if w is None else w.step,
         )  # fmt: skip
     with np.errstate(all="ignore"):  # dx is written: a sum beyond float32 is infinite, as it is there
@@ -433,7 +434,7 @@ def _forward(
 ) -> None:  # fmt: skip
     grid = lay.whole if measure else lay.split
     flat, step = (None, None) if weights is None else (weights.flat, weights.step)
-    arguments = x, y, state, eps, count, measure, True, grid.sizes, z, relu, flat, step
+    arguments = x, y, state, eps, count, measure or None, *grid.kind, True, grid.sizes, z, relu, flat, step
     if grid.runs:
         run(kernels.forward.forward_runs, lay.size, *arguments, None)
     else:
@@ -536,8 +537,8 @@ def _inference(
         if far is not None:
             target, part = Target(x, dtype, other, out), None if z is None else source(z, other, dtype)
             run(
-                kernels.forward.forward_runs, lay.size, source(x, lay), target.flat, state, eps, 1.0, False, True,
-                other.split.sizes, part, relu, None, None, far,
+                kernels.forward.forward_runs, lay.size, source(x, lay), target.flat, state, eps, 1.0,
+                None, *other.split.kind, True, other.split.sizes, part, relu, None, None, far,
             )  # fmt: skip
             return target.finish()
     target = Target(x, dtype, lay, out)

@@ -367,8 +367,9 @@ def _moments(fn: str, x: Array, axes: tuple[int, ...], where: npt.ArrayLike | No
         given = source(x, lay)
         no_y = given[:0] if _check.floating(x.dtype) else np.empty(0, np.float32)
         flat, step = (None, None) if w is None else (w.flat, w.step)
-        arguments = given, no_y, stats, 0.0, count, True, False, lay.whole.sizes, None, None, flat, step
-        if lay.whole.runs:
+        grid = lay.whole
+        arguments = given, no_y, stats, 0.0, count, True, *grid.kind, False, grid.sizes, None, None, flat, step
+        if grid.runs:
             run(kernels.forward.forward_runs, lay.size, *arguments, None)
         else:
             run(kernels.forward.forward_rows, lay.size, *arguments)

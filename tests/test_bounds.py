@@ -29,10 +29,11 @@ def test_an_index_out_of_bounds_is_an_error(inner, build):
     short, grads = np.ones((4, CHANNELS - 1)), np.empty((2, CHANNELS - 1))
     inference = getattr(forward.forward_runs if inner > 1 else forward.forward_rows, build)
     frozen = getattr(backward.backward_runs if inner > 1 else backward.backward_rows, build)
+    state, nones = np.ones((4, CHANNELS)), (None,) * (5 if inner > 1 else 4)
     with pytest.raises(IndexError, match="out of bounds"):
-        inference(x, np.empty_like(x), short, 1e-5, 1.0, False, True, sizes, *(None,) * (5 if inner > 1 else 4))
+        inference(x, np.empty_like(x), short, 1e-5, 1.0, None, None, True, True, sizes, *nones)
     with pytest.raises(IndexError, match="out of bounds"):
-        frozen(x, x, np.empty_like(x), np.ones((4, CHANNELS)), 1e-5, 1.0, grads, True, False, sizes, *(None,) * 4)
+        frozen(x, x, np.empty_like(x), state, 1e-5, 1.0, grads, None, None, True, False, sizes, *(None,) * 4)
 
 
 def test_the_kernels_were_compiled_in_this_run(rng):

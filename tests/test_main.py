@@ -403,10 +403,12 @@ def test_warmup_compiles_everything_it_names():
         "      kernels.backward.backward_runs, kernels.backward.backward_rows]\n"
         "count = lambda: [len(b.signatures) for k in ks for b in (k.serial, k.parallel)]\n"
         "before = count()\n"
-        "assert before == [1] * 8, before\n"
-        "for shape in ((4, 3, 5, 5), (4, 3, 50, 50), (64, 64, 30, 30), (1000, 100, 2)):\n"
+        "assert before == [3] * 8, before\n"  # of fused tiles, of split ones, with given statistics
+        "for shape in ((4, 3, 5, 5), (4, 3, 50, 50), (64, 64, 30, 30), (1000, 100, 2), (1000, 9, 2), (90, 3, 99, 9)):\n"
         "    y, saved = fastbn.batch_norm_train(np.ones(shape, np.float32))\n"
         "    fastbn.batch_norm_backward(y, saved)\n"
+        "    fastbn.batch_norm_backward(y, fastbn.Saved.fixed(y, 0, 1))\n"
+        "    fastbn.batch_norm(y, 0, 1)\n"
         "    fastbn.moments(y)\n"
         "assert count() == before\n"
     )

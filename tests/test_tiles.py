@@ -95,7 +95,9 @@ def forward_of(case, x, state, count, measure, write):
     kernel = forward.forward_runs if is_runs else forward.forward_rows
     room, y = guarded(np.full(x.size, 55, x.dtype))
     given_room, given = guarded(x)
-    kernel.serial(given, y, state, EPS, count, measure, write, sizes, *(None,) * (5 if is_runs else 4))
+    kernel.serial(
+        given, y, state, EPS, count, measure or None, *kind(case), write, sizes, *(None,) * (5 if is_runs else 4)
+    )
     untouched(room)
     untouched(given_room)
     np.testing.assert_array_equal(given, x.ravel())
@@ -124,13 +126,12 @@ def test_every_way_to_cut(case):
             check_backward(case, dy, x, both, n, frozen=False)
             check_in_place(case, dy, y, both, n)
 
-        if not (fused(case) and case[1]):  # fused runs are there to be measured
+        if not fused(case):  # fused tiles are there to be measured
             given = np.stack([mean, var, gamma, beta])
             y = forward_of(case, x, given, 1.0, False, True)
             expected = reference.infer(x, mean, var, gamma, beta, eps=EPS)
             assert_within(y, expected.y, expected.budget, "inference")
             np.testing.assert_array_equal(given, [mean, var, gamma, beta])
-        if not fused(case):
             check_backward(case, dy, x, given, 1.0, frozen=True)
 
 
@@ -139,13 +140,19 @@ def fused(case):
     return bool(sizes[3] if is_runs else sizes[7])
 
 
+def kind(case):
+    return (True, None) if fused(case) else (None, True)
+
+
 def backward_of(case, dy, x, state, count, frozen, overwritten):
     shape, is_runs, sizes = case
     kernel = backward.backward_runs if is_runs else backward.backward_rows
     grads = np.full((2, shape[1]), 33.0)
     before = state.copy()
     rooms, (given, flat_x, dx) = zip(*(guarded(a) for a in (dy, x, np.full_like(x, 55))), strict=True)
-    kernel.serial(given, flat_x, dx, state, EPS, count, grads, frozen, overwritten, sizes, None, None, None, None)
+    kernel.serial(
+        given, flat_x, dx, state, EPS, count, grads, not frozen or None, *kind(case), overwritten, sizes, *(None,) * 4
+    )
     for room in rooms:
         untouched(room)
     np.testing.assert_array_equal(given, dy.ravel())
@@ -188,9 +195,9 @@ def test_fused_tiles_give_the_bits_of_one(build):
         state, y, grads = np.stack([0 * gamma, 0 * gamma, gamma, beta]), np.empty(x.size, x.dtype), np.empty((2, 7))
         dx = np.empty_like(y)
         getattr(forward.forward_runs, build)(
-            x.ravel(), y, state, EPS, 250.0, True, True, sizes, None, None, None, None, None
+            x.ravel(), y, state, EPS, 250.0, True, True, None, True, sizes, None, None, None, None, None
         )
-        arguments = dy.ravel(), x.ravel(), dx, state, EPS, 250.0, grads, False, False, sizes, None, None, None, None
-        getattr(backward.backward_runs, build)(*arguments)
+        arguments = dy.ravel(), x.ravel(), dx, state, EPS, 250.0, grads, True, True, None, False, sizes
+        getattr(backward.backward_runs, build)(*arguments, None, None, None, None)
         found.add((y.tobytes(), state.tobytes(), dx.tobytes(), grads.tobytes()))
     assert len(found) == 1

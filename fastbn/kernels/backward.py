@@ -9,11 +9,12 @@ channel (Ioffe & Szegedy 2015, section 3, with the two terms of the mean and the
     dz     = g
 
 where the weights w are those of the statistics, n is their sum, and 1 stands for them if there are none. With the
-statistics held fixed (`frozen`) dx = gamma * invstd * g. `state` holds the rows mean, m2, gamma and beta of the
+statistics held fixed dx = gamma * invstd * g. `state` holds the rows mean, m2, gamma and beta of the
 forward, as it left them; `grads` receives the rows dgamma and dbeta.
 
-What a call has not is None, as in `forward`: dz, relu (the bits that the forward has left) and w. An element of weight
-0 whose x or dy is not finite adds nothing to the sums.
+What a call has not is None, as in `forward`: dz, relu (the bits that the forward has left) and w, fused or split; and
+`through`, which is True unless the statistics were held fixed. An element of weight 0 whose x or dy is not finite adds
+nothing to the sums.
 
 Memory traffic: fused tiles read dy and x once and write dx once, and so does the frozen backward. Split tiles read dy
 and x twice, the second time from the end. dz is written once, with dx. dx may be dy.
@@ -22,7 +23,7 @@ and x twice, the second time from the end. dz is written once, with dx. dx may b
 import numpy as np
 
 from .._jit import elementwise, exact, kernel, prange
-from .forward import APART, FUSED, NO, ONE, SUMS, WRITE, ZERO, fold_columns, spread, strip_room, strip_words
+from .forward import APART, FUSED, NO, ONE, SUMS, WRITE, YES, ZERO, fold_columns, spread, strip_room, strip_words
 from .grid import AHEAD, SEGMENT, TERMS
 from .lanes import (
     LANES,
@@ -414,7 +415,7 @@ def fused_channels(first, last, dy, x, dx, point, count, grads, grid, dz, relu, 
 
 
 @exact
-def segments_tile(phase, t, dy, x, dx, part, point, k, grid, dz, relu, w, step, w_room):
+def segments_tile(through, phase, t, dy, x, dx, part, point, k, grid, dz, relu, w, step, w_room):
     """A few consecutive segments of runs: their partial sums, their dx, or both."""
     apart()
     outer, channels, inner, _, tiles = grid
@@ -437,17 +438,17 @@ def segments_tile(phase, t, dy, x, dx, part, point, k, grid, dz, relu, w, step, 
             part[own + channels] = q
         if phase == FROZEN:
             dx_run(dy, None, dx, low, high, scale, weight, slope, centre, shift, dz, relu, word, w_room)
-        elif phase == WRITE:
+        elif through is not None and phase == WRITE:
             dx_run(dy, x, dx, low, high, scale, weight, slope, centre, shift, dz, relu, word, w_room)
 
 
 @kernel
-def backward_runs(dy, x, dx, state, eps, count, grads, frozen, overwritten, sizes, dz, relu, w, step):
+def backward_runs(dy, x, dx, state, eps, count, grads, through, fused, split, overwritten, sizes, dz, relu, w, step):
     """Long inner runs. `sizes` is that of `grid`; a frozen backward takes the split one."""
     outer, channels, inner, group, tiles = sizes
     grid = outer, channels, inner, group, tiles
     groups = -(-channels // group) if group > 0 else 0
-    phase = FUSED if group > 0 else FROZEN if frozen else SUMS
+    phase = FUSED if fused else SUMS if through else FROZEN
     pieces = outer * -(-inner // SEGMENT)
     point = points(state, eps, count, overwritten)
     room = np.empty((tiles if phase == FUSED else 0, (4 + 2 * LANES) * group + APART))
@@ -455,27 +456,27 @@ def backward_runs(dy, x, dx, state, eps, count, grads, frozen, overwritten, size
     k = np.full(tiles * (5 * group + APART) if phase == FUSED else 5 * channels, like(dx))
     w_room = rows_like(w, tiles, (2 * PIECE if phase == FUSED else min(SEGMENT, inner)) + LANES)
     if phase == FROZEN:
-        dx_coefficients(point, grads, count, ZERO, channels, k, frozen)
+        dx_coefficients(point, grads, count, ZERO, channels, k, YES)
     while True:
         for t in prange(tiles):
             tile_w = row(w_room, np.intp(t))
-            if phase == FUSED:
+            if fused is not None:
                 first = np.intp(t) * groups // tiles * group
                 last = min((np.intp(t) + 1) * groups // tiles * group, channels)
                 own, k_own = room[np.intp(t)], k[np.intp(t) * (5 * group + APART) :]
                 fused_channels(
                     first, last, dy, x, dx, point, count, grads, grid, dz, relu, w, step, own, tile_w, k_own
                 )  # fmt: skip
-            else:
+            if split is not None:
                 tile = tiles - 1 - np.intp(t) if phase == WRITE else np.intp(t)  # the second pass goes back
-                segments_tile(phase, tile, dy, x, dx, part, point, k, grid, dz, relu, w, step, tile_w)
+                segments_tile(through, phase, tile, dy, x, dx, part, point, k, grid, dz, relu, w, step, tile_w)
         if phase == FUSED or phase == WRITE:
             break
         add_up(part, ZERO, pieces, 2 * channels)
         finish_sums(part, point, grads, ZERO, channels)
         if phase == FROZEN:
             break
-        dx_coefficients(point, grads, count, ZERO, channels, k, frozen)
+        dx_coefficients(point, grads, count, ZERO, channels, k, NO)
         phase = WRITE
 
 
@@ -515,7 +516,7 @@ def fused_strips(t, dy, x, dx, point, count, grads, sizes, dz, relu, w, step, ro
 
 
 @exact
-def rows_tile(phase, t, dy, x, dx, centres, part, room, k, sizes, dz, relu, w, step, w_room):
+def rows_tile(through, phase, t, dy, x, dx, centres, part, room, k, sizes, dz, relu, w, step, w_room):
     """A block of rows of a strip: its column sums, its dx, or both. `centres` and `k` are by column."""
     compact()
     total, width, channels, inner, blocks, panel, panels, _ = sizes
@@ -539,7 +540,7 @@ def rows_tile(phase, t, dy, x, dx, centres, part, room, k, sizes, dz, relu, w, s
                 )  # fmt: skip
             if phase == FROZEN:
                 few_rows_dx(dy, None, dx, i, rows, width, columns, k, low, width, dz, relu, word, words, None)
-            elif phase == WRITE:
+            elif through is not None and phase == WRITE:
                 block_dx(
                     dy, x, dx, i, rows, width, columns, k, low, width, dz, relu, word, words,
                     w, step, channels, inner, w_room,
@@ -547,36 +548,38 @@ def rows_tile(phase, t, dy, x, dx, centres, part, room, k, sizes, dz, relu, w, s
 
 
 @kernel
-def backward_rows(dy, x, dx, state, eps, count, grads, frozen, overwritten, sizes, dz, relu, w, step):
+def backward_rows(dy, x, dx, state, eps, count, grads, through, fused, split, overwritten, sizes, dz, relu, w, step):
     """Short inner runs. `sizes` is that of `grid`; a frozen backward takes the split one."""
-    total, width, channels, inner, blocks, panel, panels, fused = sizes
-    phase = FUSED if fused > 0 else FROZEN if frozen else SUMS
-    tiles = fused if fused > 0 else blocks * panels
+    total, width, channels, inner, blocks, panel, panels, whole = sizes
+    phase = FUSED if fused else SUMS if through else FROZEN
+    tiles = whole if phase == FUSED else blocks * panels
     many = total // width // blocks >= TERMS  # rows of a block
-    room = np.empty(fused * strip_room(panel, inner) if fused > 0 else 2 * blocks * width if many else 0)
+    room = np.empty(tiles * strip_room(panel, inner) if phase == FUSED else 2 * blocks * width if many else 0)
     point = points(state, eps, count, overwritten)
-    sums = np.empty(0 if fused > 0 else 2 * channels)
-    part = np.zeros(0 if fused > 0 else 2 * blocks * width)
-    columns = np.empty(0 if fused > 0 else width)
-    k = np.full(fused * (5 * panel + APART) if fused > 0 else 5 * channels, like(dx))
-    k_columns = np.full(fused * (5 * panel * inner + APART) if fused > 0 else 5 * width, like(dx))
+    sums = np.empty(0 if phase == FUSED else 2 * channels)
+    part = np.zeros(0 if phase == FUSED else 2 * blocks * width)
+    columns = np.empty(0 if phase == FUSED else width)
+    k = np.full(tiles * (5 * panel + APART) if phase == FUSED else 5 * channels, like(dx))
+    k_columns = np.full(tiles * (5 * panel * inner + APART) if phase == FUSED else 5 * width, like(dx))
     w_room = rows_like(w, tiles, (TERMS * strip_words(width, panel, inner, panels) + 1) * LANES)
-    if fused == 0:
+    if phase != FUSED:
         spread(point, ZERO, channels, inner, columns, ZERO, width)
     while True:
         if phase == WRITE or phase == FROZEN:
-            dx_coefficients(point, grads, count, ZERO, channels, k, frozen)
+            dx_coefficients(point, grads, count, ZERO, channels, k, YES if phase == FROZEN else NO)
             for i in range(5):
                 spread(k, i * channels, channels, inner, k_columns, i * width, width)
         for t in prange(tiles):
             tile_w = row(w_room, np.intp(t))
-            if phase == FUSED:
+            if fused is not None:
                 fused_strips(
                     np.intp(t), dy, x, dx, point, count, grads, sizes, dz, relu, w, step, room, tile_w, k, k_columns
                 )  # fmt: skip
-            else:
+            if split is not None:
                 tile = tiles - 1 - np.intp(t) if phase == WRITE else np.intp(t)  # the second pass goes back
-                rows_tile(phase, tile, dy, x, dx, columns, part, room, k_columns, sizes, dz, relu, w, step, tile_w)
+                rows_tile(
+                    through, phase, tile, dy, x, dx, columns, part, room, k_columns, sizes, dz, relu, w, step, tile_w
+                )
         if phase == FUSED or phase == WRITE:
             break
         fold_columns(part, blocks, width, channels, inner, sums)

@@ -2,13 +2,15 @@
 
     y = relu((x - mean) / sqrt(var + eps) * gamma + beta + z)            Ioffe & Szegedy 2015, Algorithm 1
 
-Each kernel has two switches, `measure` (statistics come from x) and `write` (y is written): both is a training forward,
-the first alone the moments, the second alone inference. `state` holds the rows mean, m2, gamma and beta, with
-var = m2 / count; measuring sets the first two. With given statistics the second row is the variance and count is 1; for
-the moments alone the first two rows are enough.
+`state` holds the rows mean, m2, gamma and beta, with var = m2 / count; measuring sets the first two. With given
+statistics the second row is the variance and count is 1; for the moments alone the first two rows are enough. `write`
+says whether y is written.
 
 What a call has not is None, and compiled as if it did not exist:
 
+measure True: the statistics come from x. None: they are given, as in inference
+fused   True: tiles hold whole channels, whose statistics come from x. split: True, where they do not. One of the two is
+        None: no call needs both, and either takes long to compile
 z       the residual, laid out as y
 relu    True: y is rectified. An array of uint16: so it is, and a bit for each element says whether y > 0
 w       weights in the statistics, with their steps in samples, channels and elements of a run; the count is then an
@@ -44,7 +46,7 @@ FUSED, SUMS, WRITE = 0, 1, 2  # what a parallel region does with each of its til
 
 # Typed: for a literal in their place Numba would compile the called function once more.
 ZERO, ONE = np.intp(0), np.intp(1)
-NO = np.bool_(False)
+YES, NO = np.bool_(True), np.bool_(False)
 
 # Numbers between what two tiles write: two cache lines, which no two threads share.
 APART = 32
@@ -112,7 +114,7 @@ def fused_channels(first, last, x, y, state, eps, count, write, grid, z, relu, w
 
 
 @exact
-def segments_tile(phase, t, x, y, part, pivot, k, grid, z, relu, w, step, w_room, far):
+def segments_tile(measure, phase, t, x, y, part, pivot, k, grid, z, relu, w, step, w_room, far):
     """A few consecutive segments of runs: their partial sums, or their y."""
     apart()
     outer, channels, inner, _, tiles = grid
@@ -126,7 +128,7 @@ def segments_tile(phase, t, x, y, part, pivot, k, grid, z, relu, w, step, w_room
         start = piece * SEGMENT
         low = run * inner + start
         high = min(low + SEGMENT, (run + 1) * inner)
-        if phase == SUMS:
+        if measure is not None and phase == SUMS:
             run_weights(w, step, n, c, start, high - low, w_room)
             s, q = run_sums(x, low, high, pivot[c], w_room)
             own = 2 * (n * per_run + piece) * channels + c
@@ -143,12 +145,12 @@ def segments_tile(phase, t, x, y, part, pivot, k, grid, z, relu, w, step, w_room
 
 
 @kernel
-def forward_runs(x, y, state, eps, count, measure, write, sizes, z, relu, w, step, far):
+def forward_runs(x, y, state, eps, count, measure, fused, split, write, sizes, z, relu, w, step, far):
     """Long inner runs. `sizes` is that of `grid`."""
     outer, channels, inner, group, tiles = sizes
     grid = outer, channels, inner, group, tiles
     groups = -(-channels // group) if group > 0 else 0
-    phase = FUSED if group > 0 else SUMS if measure else WRITE
+    phase = FUSED if fused else SUMS if measure else WRITE
     pieces = outer * -(-inner // SEGMENT)
     # A tile allocates nothing: where that failed, Numba would lose the exception, and go on.
     room = np.empty((tiles if phase == FUSED else 0, (5 + 2 * LANES) * group + APART))
@@ -156,34 +158,35 @@ def forward_runs(x, y, state, eps, count, measure, write, sizes, z, relu, w, ste
     part = np.empty(pieces * 2 * channels if phase == SUMS else 0)
     k = np.full(tiles * (3 * group + APART) if phase == FUSED else 3 * channels, like(y))
     w_room = rows_like(w, tiles, (PIECE if phase == FUSED else min(SEGMENT, inner)) + LANES)
-    if phase == SUMS:
+    if phase == WRITE:
+        affine(state, eps, count, ZERO, channels, k)
+    elif measure is not None and phase == SUMS:
         for c in range(channels):
             pivot[c] = run_pivot(x, c, outer, channels, inner, w, step)
-    elif phase == WRITE:
-        affine(state, eps, count, ZERO, channels, k)
     final = False
     while True:
         for t in prange(tiles):
             tile_w = row(w_room, np.intp(t))
-            if phase == FUSED:
+            if fused is not None:
                 first = np.intp(t) * groups // tiles * group
                 last = min((np.intp(t) + 1) * groups // tiles * group, channels)
                 own, k_own = room[np.intp(t)], k[np.intp(t) * (3 * group + APART) :]
                 fused_channels(
                     first, last, x, y, state, eps, count, write, grid, z, relu, w, step, own, tile_w, k_own
                 )  # fmt: skip
-            else:
+            if split is not None:
                 tile = tiles - 1 - np.intp(t) if phase == WRITE and measure else np.intp(t)  # the second pass goes back
-                segments_tile(phase, tile, x, y, part, pivot, k, grid, z, relu, w, step, tile_w, far)
+                segments_tile(measure, phase, tile, x, y, part, pivot, k, grid, z, relu, w, step, tile_w, far)
         if phase != SUMS:
             break
-        add_up(part, ZERO, pieces, 2 * channels)
-        if settle(part, pivot, channels, count, state, ZERO, final):
-            if not write:
-                break
-            affine(state, eps, count, ZERO, channels, k)
-            phase = WRITE
-        final = True
+        if measure is not None:
+            add_up(part, ZERO, pieces, 2 * channels)
+            if settle(part, pivot, channels, count, state, ZERO, final):
+                if not write:
+                    break
+                affine(state, eps, count, ZERO, channels, k)
+                phase = WRITE
+            final = True
 
 
 # ----------------------------------------------------------------------------------------------------------- short runs
@@ -244,7 +247,7 @@ def row_pivots(x, first, outer, stride, channels, inner, w, step, pivot, columns
 
 
 @exact
-def fused_strips(t, x, y, state, eps, count, measure, write, sizes, z, relu, w, step, room, w_room, k, k_columns):
+def fused_strips(t, x, y, state, eps, count, write, sizes, z, relu, w, step, room, w_room, k, k_columns):
     """Some strips of a few channels each: all of their statistics, and while they are in the cache, their y."""
     compact()
     total, stride, channels, inner, _, panel, panels, tiles = sizes
@@ -258,18 +261,17 @@ def fused_strips(t, x, y, state, eps, count, measure, write, sizes, z, relu, w, 
         first = p * panel
         start, number = first * inner, min(panel, channels - first)
         width = number * inner
-        if measure:
-            row_pivots(x, first, outer, stride, number, inner, w, step, pivot, columns, part, sums)
-            for attempt in range(2):
-                part[: 2 * width] = 0.0
-                spread(pivot, ZERO, number, inner, columns, ZERO, width)
-                block_sums(
-                    x, start, outer, stride, width, columns, ZERO, w, step, channels, inner, w_room,
-                    part, ZERO, width, more, ZERO,
-                )  # fmt: skip
-                fold_columns(part, ONE, width, number, inner, sums)
-                if settle(sums, pivot, number, count, state, first, attempt == 1):
-                    break
+        row_pivots(x, first, outer, stride, number, inner, w, step, pivot, columns, part, sums)
+        for attempt in range(2):
+            part[: 2 * width] = 0.0
+            spread(pivot, ZERO, number, inner, columns, ZERO, width)
+            block_sums(
+                x, start, outer, stride, width, columns, ZERO, w, step, channels, inner, w_room,
+                part, ZERO, width, more, ZERO,
+            )  # fmt: skip
+            fold_columns(part, ONE, width, number, inner, sums)
+            if settle(sums, pivot, number, count, state, first, attempt == 1):
+                break
         if write:
             affine(state, eps, count, first, number, k)
             for i in range(3):
@@ -292,7 +294,7 @@ def strip_words(width, panel, inner, panels):
 
 
 @exact
-def rows_tile(phase, t, x, y, pivot, part, room, k, sizes, z, relu, w, step, w_room):
+def rows_tile(measure, phase, t, x, y, pivot, part, room, k, sizes, z, relu, w, step, w_room):
     """A block of rows of a strip: its column sums, or its y. `pivot` and `k` are by column."""
     compact()
     total, width, channels, inner, blocks, panel, panels, _ = sizes
@@ -307,13 +309,15 @@ def rows_tile(phase, t, x, y, pivot, part, room, k, sizes, z, relu, w, step, w_r
         i = r * width + low
         rows = (1 if b == blocks - 1 else 0) if last else end - row
         columns = total - full * width if last else high - low  # the last row may not be full: then it is one strip
-        if rows * columns > 0 and phase == SUMS:
+        if rows * columns == 0:
+            continue
+        if measure is not None and phase == SUMS:
             own = 2 * b * width + low
             block_sums(
                 x, i, rows, width, columns, pivot, low, w, step, channels, inner, w_room,
                 part, own, own + width, room, 2 * (b * width + low),
             )  # fmt: skip
-        elif rows * columns > 0:
+        else:
             word = (r * panels + p) * words
             normalize_rows(
                 x, y, i, rows, width, columns, k, low, width + low, 2 * width + low, z, relu, word, panels * words
@@ -321,23 +325,24 @@ def rows_tile(phase, t, x, y, pivot, part, room, k, sizes, z, relu, w, step, w_r
 
 
 @kernel
-def forward_rows(x, y, state, eps, count, measure, write, sizes, z, relu, w, step):
+def forward_rows(x, y, state, eps, count, measure, fused, split, write, sizes, z, relu, w, step):
     """Short inner runs. `sizes` is that of `grid`."""
-    total, width, channels, inner, blocks, panel, panels, fused = sizes
-    phase = FUSED if fused > 0 else SUMS if measure else WRITE
-    tiles = fused if fused > 0 else blocks * panels
+    total, width, channels, inner, blocks, panel, panels, whole = sizes
+    phase = FUSED if fused else SUMS if measure else WRITE
+    tiles = whole if phase == FUSED else blocks * panels
     outer = total // (channels * inner)
     many = total // width // blocks >= TERMS  # rows of a block
     # A tile allocates nothing: where that failed, Numba would lose the exception, and go on.
-    room = np.empty(fused * strip_room(panel, inner) if fused > 0 else 2 * blocks * width if measure and many else 0)
+    own = tiles * strip_room(panel, inner) if phase == FUSED else 2 * blocks * width if phase == SUMS and many else 0
+    room = np.empty(own)
     pivot = np.empty(channels if phase == SUMS else 0)
     sums = np.empty(2 * channels if phase == SUMS else 0)
     columns = np.empty(width if phase == SUMS else 0)
     part = np.empty(2 * blocks * width if phase == SUMS else 0)
-    k = np.full(fused * (3 * panel + APART) if fused > 0 else 3 * channels, like(y))
-    k_columns = np.full(fused * (3 * panel * inner + APART) if fused > 0 else 3 * width, like(y))
+    k = np.full(tiles * (3 * panel + APART) if phase == FUSED else 3 * channels, like(y))
+    k_columns = np.full(tiles * (3 * panel * inner + APART) if phase == FUSED else 3 * width, like(y))
     w_room = rows_like(w, tiles, (TERMS * strip_words(width, panel, inner, panels) + 1) * LANES)
-    if phase == SUMS:
+    if measure is not None and phase == SUMS:
         row_pivots(x, ZERO, outer, channels * inner, channels, inner, w, step, pivot, columns, part, sums)
     final = False
     while True:
@@ -350,19 +355,20 @@ def forward_rows(x, y, state, eps, count, measure, write, sizes, z, relu, w, ste
                 spread(k, i * channels, channels, inner, k_columns, i * width, width)
         for t in prange(tiles):
             tile_w = row(w_room, np.intp(t))
-            if phase == FUSED:
+            if fused is not None:
                 fused_strips(
-                    np.intp(t), x, y, state, eps, count, measure, write, sizes, z, relu, w, step,
+                    np.intp(t), x, y, state, eps, count, write, sizes, z, relu, w, step,
                     room, tile_w, k, k_columns,
                 )  # fmt: skip
-            else:
+            if split is not None:
                 tile = tiles - 1 - np.intp(t) if phase == WRITE and measure else np.intp(t)  # the second pass goes back
-                rows_tile(phase, tile, x, y, columns, part, room, k_columns, sizes, z, relu, w, step, tile_w)
+                rows_tile(measure, phase, tile, x, y, columns, part, room, k_columns, sizes, z, relu, w, step, tile_w)
         if phase != SUMS:
             break
-        fold_columns(part, blocks, width, channels, inner, sums)
-        if settle(sums, pivot, channels, count, state, ZERO, final):
-            if not write:
-                break
-            phase = WRITE
-        final = True
+        if measure is not None:
+            fold_columns(part, blocks, width, channels, inner, sums)
+            if settle(sums, pivot, channels, count, state, ZERO, final):
+                if not write:
+                    break
+                phase = WRITE
+            final = True

@@ -93,6 +93,11 @@ class Grid(NamedTuple):
     sizes: npt.NDArray[np.int64]
     words: int
 
+    @property
+    def kind(self) -> tuple[bool | None, bool | None]:
+        """What the kernels take as `fused` and `split`: True and None, or the reverse."""
+        return (True, None) if self.fused else (None, True)
+
 
 def _ceil(a: int, b: int) -> int:
     return -(-a // b)

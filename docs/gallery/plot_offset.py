@@ -31,12 +31,8 @@ photographs = np.stack(load_sample_images().images)  # (2, 427, 640, 3), bytes, 
 
 pixels = photographs.reshape(-1, 3).astype(np.int64)
 n, total, squares = len(pixels), pixels.sum(axis=0), (pixels**2).sum(axis=0)
-truth = np.array(
-    [
-        float(Fraction(n * int(q) - int(s) ** 2, n**2))
-        for s, q in zip(total, squares, strict=True)
-    ]
-)
+sums = zip(total.tolist(), squares.tolist(), strict=True)
+truth = np.array([float(Fraction(n * q - s * s, n * n)) for s, q in sums])
 print("mean", total / n, "standard deviation", np.sqrt(truth))
 
 # %%
@@ -100,12 +96,12 @@ def channels(x):
 
 
 ways = {
-    "E[x²] − E[x]²": textbook,
-    "E[x²] − E[x]², contiguous": lambda x: textbook(channels(x), axis=1),
+    "E[x²] - E[x]²": textbook,
+    "E[x²] - E[x]², contiguous": lambda x: textbook(channels(x), axis=1),
     "Welford": lambda x: np.array([updated(values) for values in channels(x)]),
     "numpy.var": lambda x: x.var(axis=(0, 1, 2)),
     "numpy.var, contiguous": lambda x: channels(x).var(axis=1),
-    "E[x²] − E[x]² in float64": lambda x: textbook(channels(x.astype(float)), axis=1),
+    "E[x²] - E[x]² in float64": lambda x: textbook(channels(x.astype(float)), axis=1),
     "fastbn.moments": lambda x: fastbn.moments(x, axis=-1).var(),
 }
 
@@ -120,18 +116,19 @@ ways = {
 
 occur = {name.split(",")[0]: offset for name, (offset, _) in units.items()}
 offsets = np.union1d(np.geomspace(1, 2**24 - 256, 25).round(), [*occur.values()][1:])
-errors = {
-    name: [np.max(abs(way(shifted(offset)) / truth - 1)) for offset in offsets]
-    for name, way in ways.items()
-}
+errors = {name: [] for name in ways}
+for offset in offsets:
+    x = shifted(offset)
+    for name, way in ways.items():
+        errors[name].append(np.max(abs(way(x) / truth - 1)))
 
 looks = {
-    "E[x²] − E[x]²": ("#D55E00", "o-"),
-    "E[x²] − E[x]², contiguous": ("#D55E00", "o:"),
+    "E[x²] - E[x]²": ("#D55E00", "o-"),
+    "E[x²] - E[x]², contiguous": ("#D55E00", "o:"),
     "Welford": ("#CC79A7", "s-"),
     "numpy.var": ("#E69F00", "^-"),
     "numpy.var, contiguous": ("#E69F00", "^:"),
-    "E[x²] − E[x]² in float64": ("#56B4E9", "v-"),
+    "E[x²] - E[x]² in float64": ("#56B4E9", "v-"),
     "fastbn.moments": ("#0072B2", "D-"),
 }
 fig, ax = plt.subplots(figsize=(5.6, 6.4))
@@ -148,10 +145,10 @@ ax.legend(ncols=2, loc="lower center", bbox_to_anchor=(0.43, 1), frameon=False)
 fig.tight_layout()
 
 # %%
-# ``numpy.var`` takes two passes, and nothing cancels in it. Its weak part is the mean: a
-# float32 sum that grows until each further pixel loses its last digits in it. The
+# ``numpy.var`` takes two passes, and nothing cancels in it. Its weak part is the mean:
+# a float32 sum that grows until each further pixel loses its last digits in it. The
 # variance is then too large by the square of what the mean is off by. This is how far
-# off it is, in standard deviations, for red:
+# off the mean is, in standard deviations, for red:
 
 for name, (offset, scale) in units.items():
     mean = shifted(offset, scale).mean(axis=(0, 1, 2))[0] / scale
@@ -167,10 +164,9 @@ for name, (offset, scale) in units.items():
 # two standard deviations below the mean, white two above. Too large a variance gives
 # fog, too small a one glare; the root of a negative one is NaN, and no picture.
 
-columns = ["E[x²] − E[x]²", "Welford", "numpy.var", "fastbn.moments"]
-fig, axes = plt.subplots(
-    len(units), len(columns), figsize=(6.4, 7.2), layout="constrained"
-)
+columns = ["E[x²] - E[x]²", "Welford", "numpy.var", "fastbn.moments"]
+grid = len(units), len(columns)
+fig, axes = plt.subplots(*grid, figsize=(6.4, 7.2), layout="constrained")
 print("computed variance / true variance, red channel\n")
 print(" " * 13, *columns, sep="  ")
 for row, (name, (offset, scale)) in zip(axes, units.items(), strict=True):
@@ -198,8 +194,8 @@ for ax, column in zip(axes[-1], columns, strict=True):
     ax.set_xlabel(column, fontsize=12)
 
 # %%
-# fastbn sums :math:`x - p` and :math:`(x - p)^2` in float64, with a value :math:`p` near
-# the mean that it takes from the first pixels: one pass as well, and nothing cancels.
+# fastbn sums :math:`x - p` and :math:`(x - p)^2` in float64, with a value :math:`p`
+# near the mean that it takes from the first pixels: one pass, too, and nothing cancels.
 # :doc:`/explanation/algorithm` has the formula and its bound,
 # :doc:`/explanation/accuracy` the errors of y and of the gradients beside those of
 # other systems. What comes out at the largest of these offsets, in float32:

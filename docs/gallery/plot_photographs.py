@@ -34,9 +34,8 @@ sources.append(plt.imread(hopper))
 
 folder = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
 rng = np.random.default_rng(0)
-pictures = np.lib.format.open_memmap(
-    Path(folder.name, "pictures.npy"), "w+", np.uint8, (400, 160, 160, 3)
-)
+path = Path(folder.name, "pictures.npy")
+pictures = np.lib.format.open_memmap(path, "w+", np.uint8, (400, 160, 160, 3))
 for picture in pictures:
     source = sources[rng.integers(len(sources))]
     top, left = (rng.integers(length - 160) for length in source.shape[:2])
@@ -66,32 +65,28 @@ class Batches:
 
 
 m = fastbn.moments(Batches(pictures, 64), axis=-1)
-print("pixels", m.count, "mean", m.mean.round(3), "standard deviation", m.std().round(3))
+print("pixels", m.count, "mean", m.mean.round(3), "std", m.std().round(3))
 
 # %%
 # Does the size of a batch matter? The exact mean and variance of bytes are fractions
 # of whole numbers, and a count of the 256 values of each channel gives them.
 
-counts = sum(
-    np.stack([np.bincount(batch[..., c].ravel(), minlength=256) for c in range(3)])
-    for batch in Batches(pictures, 64)
-)
+counts = np.zeros((3, 256), np.int64)
+for batch in Batches(pictures, 64):
+    for c in range(3):
+        counts[c] += np.bincount(batch[..., c].ravel(), minlength=256)
 value, n = np.arange(256), m.count
-exact = [
-    (Fraction(int(s), n), Fraction(n * int(q) - int(s) ** 2, n**2))
-    for s, q in zip(counts @ value, counts @ value**2, strict=True)
-]
+sums = zip((counts @ value).tolist(), (counts @ value**2).tolist(), strict=True)
+exact = [(Fraction(s, n), Fraction(n * q - s * s, n * n)) for s, q in sums]
 mean, var = np.array(exact, dtype=float).T
 
 print("batch of   error of the mean   of the variance")
 found = {}
 for size in (1, 7, 64, 400):
     found[size] = fastbn.moments(Batches(pictures, size), axis=-1)
-    off = [
-        np.max(abs(a / b - 1))
-        for a, b in ((found[size].mean, mean), (found[size].var(), var))
-    ]
-    print(f"{size:8}   {off[0]:17.1e}   {off[1]:15.1e}")
+    of_mean = abs(found[size].mean / mean - 1).max()
+    of_var = abs(found[size].var() / var - 1).max()
+    print(f"{size:8}   {of_mean:17.1e}   {of_var:15.1e}")
 
 # %%
 # The second pass: from bytes to floats
@@ -101,9 +96,8 @@ for size in (1, 7, 64, 400):
 # byte is read once, each float written once, where it belongs. eps is 0, since no
 # channel is constant: the variance becomes 1, not nearly 1.
 
-normalized = np.lib.format.open_memmap(
-    Path(folder.name, "normalized.npy"), "w+", np.float32, (400, 3, 160, 160)
-)
+path = Path(folder.name, "normalized.npy")
+normalized = np.lib.format.open_memmap(path, "w+", np.float32, (400, 3, 160, 160))
 
 
 def normalize(pictures, m, out, size):
@@ -115,7 +109,7 @@ def normalize(pictures, m, out, size):
 
 normalize(pictures, m, normalized, 64)
 after = fastbn.moments(Batches(normalized, 64))
-print("mean", after.mean.round(7) + 0.0, "standard deviation", after.std().round(7))
+print("mean", after.mean.round(7) + 0.0, "std", after.std().round(7))
 
 # %%
 # The last digits of a float64 in which the statistics of other batches differ are far
@@ -138,7 +132,8 @@ for size, other in found.items():
 print(f"files of {pictures.nbytes / 1e6:.1f} and {normalized.nbytes / 1e6:.1f} MB")
 for size in (1, 64, 400):
     tracemalloc.start()
-    normalize(pictures, fastbn.moments(Batches(pictures, size), axis=-1), normalized, size)
+    m = fastbn.moments(Batches(pictures, size), axis=-1)
+    normalize(pictures, m, normalized, size)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     print(f"batches of {size:3}: {peak / 1e6:.3f} MB")
@@ -165,8 +160,8 @@ axes[0, 1].set_title("normalized")
 
 edges = np.arange(0, 257, 8) - 0.5
 fig, (top, bottom) = plt.subplots(2, 1, figsize=(4.8, 5.4), layout="constrained")
-channels = (("red", "#C00000", "-"), ("green", "#00A000", "--"), ("blue", "#2060FF", ":"))
-for c, (name, color, style) in enumerate(channels):
+looks = {"red": ("#C00000", "-"), "green": ("#00A000", "--"), "blue": ("#2060FF", ":")}
+for c, (name, (color, style)) in enumerate(looks.items()):
     look = {"color": color, "ls": style, "lw": 2, "label": name}
     top.stairs(counts[c].reshape(-1, 8).sum(axis=1) / n, edges, **look)
     scaled = (edges - m.mean[c]) / m.std()[c]

@@ -806,17 +806,17 @@ def test_a_real_network_on_real_pictures(runtime):
     printed = run_python(str(ROOT / "docs" / "gallery" / "plot_text_direction.py"), MPLBACKEND="Agg")
     counts = re.findall(r"^(as it came|folded): 53 Conv (\d+) BatchNormalization$", printed, re.M)
     assert counts == [("as it came", "35"), ("folded", "0")], printed
-    rows = re.findall(r"^(.{16})\s+(0|180)\s+([\d.]+)\s+([\d.]+)\s+[\d.]+\s+(0|180)$", printed, re.M)
+    rows = re.findall(r"^(.{14})\s+(0|180)\s+([\d.]+)\s+([\d.]+)\s+[\d.]+$", printed, re.M)
     assert len(rows) == 6, printed
-    for _, turned, found, expected, answer in rows:
-        assert answer == turned, printed
+    for _, turned, found, expected in rows:
+        assert (float(found) > 0.5) == (turned == "180"), printed
         assert abs(float(found) - float(expected)) < 1e-5, printed
-    apart = re.findall(r"at most (\S+) from ONNX Runtime;\nbefore the softmax (\S+) of the largest value", printed)
+    apart = re.findall(r"^probabilities differ by (\S+),\nlogits by (\S+) of the largest", printed, re.M)
     assert len(apart) == 2, printed
     # The second is folded into the weights, which are rounded then.
     assert all(float(figure) < 1e-5 for figures in apart for figure in figures), printed
     # The page says that of the whole tag both answers are wrong.
-    whole = re.findall(r"^the whole tag, turned by +(0|180): it says turned with ([\d.]+)%$", printed, re.M)
+    whole = re.findall(r"^the whole tag, turned by +(0|180): turned, ([\d.]+)%$", printed, re.M)
     assert [(turned, float(p) > 50) for turned, p in whole] == [("0", True), ("180", False)], printed
 
 

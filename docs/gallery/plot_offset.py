@@ -33,7 +33,7 @@ pixels = photographs.reshape(-1, 3).astype(np.int64)
 n, total, squares = len(pixels), pixels.sum(axis=0), (pixels**2).sum(axis=0)
 sums = zip(total.tolist(), squares.tolist(), strict=True)
 truth = np.array([float(Fraction(n * q - s * s, n * n)) for s, q in sums])
-print("mean", total / n, "standard deviation", np.sqrt(truth))
+print("mean", (total / n).round(3), "std", np.sqrt(truth).round(3))
 
 # %%
 # Offsets that occur
@@ -69,8 +69,8 @@ def shifted(offset, scale=1):
 # are not contiguous. So the formula and ``numpy.var`` get both: NHWC, and a copy with
 # a channel in one piece.
 #
-# Welford's update, the textbook's remedy, divides once for each value. Its running
-# mean is a float32 here: it stops to move when a step is below its last digit.
+# Welford's update, the textbook's remedy, divides once for each value, and rounds its
+# running mean as often: here to float32.
 
 
 def textbook(x, axis=(0, 1, 2)):
@@ -109,7 +109,7 @@ ways = {
 # From no offset to the largest
 # -----------------------------
 #
-# Whole offsets up to :math:`2^{24}`, where float32 ends to have every whole number.
+# Whole offsets up to :math:`2^{24}`: beyond, float32 does not have every whole number.
 # The error is that of the worst of the three channels, relative to the variance. At
 # 100 %, the dotted line, no digit is right. An error of less than half a digit of
 # float64 is drawn as just that.
@@ -167,15 +167,15 @@ for name, (offset, scale) in units.items():
 columns = ["E[x²] - E[x]²", "Welford", "numpy.var", "fastbn.moments"]
 grid = len(units), len(columns)
 fig, axes = plt.subplots(*grid, figsize=(6.4, 7.2), layout="constrained")
-print("computed variance / true variance, red channel\n")
-print(" " * 13, *columns, sep="  ")
+print("computed / true variance of red\n")
+print("{:13}{:>9}{:>8}{:>10}{:>8}".format("", "formula", "Welford", "numpy", "fastbn"))
 for row, (name, (offset, scale)) in zip(axes, units.items(), strict=True):
     x = shifted(offset, scale)
     centred = x[0, ::2, ::2] - (total / n + offset) * scale
     found = [ways[column](x) / scale**2 for column in columns]
     print(f"{name.split(',')[0]:13}", end="")
-    for ax, column, var in zip(row, columns, found, strict=True):
-        print(f"{var[0] / truth[0]:{len(column) + 2}.4g}", end="")
+    print("{:9.3g}{:8.3g}{:10.3g}{:8.3g}".format(*(var[0] / truth[0] for var in found)))
+    for ax, var in zip(row, found, strict=True):
         with np.errstate(invalid="ignore"):
             y = centred / (np.sqrt(var) * scale)
         lost = np.isnan(y).any(axis=(0, 1))
@@ -188,10 +188,10 @@ for row, (name, (offset, scale)) in zip(axes, units.items(), strict=True):
         else:
             ax.imshow(np.clip(y / 4 + 0.5, 0, 1))
         ax.set(xticks=[], yticks=[])
-    print()
     row[0].set_title(name, loc="left")
 for ax, column in zip(axes[-1], columns, strict=True):
     ax.set_xlabel(column, fontsize=12)
+# sphinx_gallery_thumbnail_number = 2
 
 # %%
 # fastbn sums :math:`x - p` and :math:`(x - p)^2` in float64, with a value :math:`p`

@@ -65,7 +65,8 @@ class Batches:
 
 
 m = fastbn.moments(Batches(pictures, 64), axis=-1)
-print("pixels", m.count, "mean", m.mean.round(3), "std", m.std().round(3))
+print("pixels", m.count)
+print("mean", m.mean.round(3), "std", m.std().round(3))
 
 # %%
 # Does the size of a batch matter? The exact mean and variance of bytes are fractions
@@ -80,13 +81,13 @@ sums = zip((counts @ value).tolist(), (counts @ value**2).tolist(), strict=True)
 exact = [(Fraction(s, n), Fraction(n * q - s * s, n * n)) for s, q in sums]
 mean, var = np.array(exact, dtype=float).T
 
-print("batch of   error of the mean   of the variance")
+print("batch of  error of mean   of var")
 found = {}
 for size in (1, 7, 64, 400):
     found[size] = fastbn.moments(Batches(pictures, size), axis=-1)
     of_mean = abs(found[size].mean / mean - 1).max()
     of_var = abs(found[size].var() / var - 1).max()
-    print(f"{size:8}   {of_mean:17.1e}   {of_var:15.1e}")
+    print(f"{size:8}  {of_mean:13.1e}  {of_var:7.1e}")
 
 # %%
 # The second pass: from bytes to floats
@@ -113,13 +114,13 @@ print("mean", after.mean.round(7) + 0.0, "std", after.std().round(7))
 
 # %%
 # The last digits of a float64 in which the statistics of other batches differ are far
-# below the last of a float32. Of the first 50 pictures:
+# below the last of a float32. Of the floats of the first 50 pictures:
 
 part = np.empty_like(normalized[:50])
 for size, other in found.items():
     normalize(pictures[:50], other, part, size)
     same = np.mean(part.view(np.uint32) == normalized[:50].view(np.uint32))
-    print(f"batches of {size:3}: {same:.4%} of the floats have the same bits")
+    print(f"batches of {size:3}: {same:.4%} same bits")
 
 # %%
 # The memory that it takes
@@ -151,8 +152,8 @@ for (before, after), i in zip(axes, (36, 23, 2, 35), strict=True):
     after.imshow(np.clip(normalized[i].transpose(1, 2, 0) / 4 + 0.5, 0, 1))
     for ax in (before, after):
         ax.set_axis_off()
-axes[0, 0].set_title("bytes")
-axes[0, 1].set_title("normalized")
+for ax, title in zip(axes[0], ("bytes", "normalized"), strict=True):
+    ax.set_title(title)
 
 # %%
 # How the values of each channel are spread, over all of the pictures. The peak on the
@@ -170,9 +171,9 @@ for c, (name, (color, style)) in enumerate(looks.items()):
     bottom.stairs(share, scaled, **look)
     top.axvline(m.mean[c], color=color, ls=style, lw=1)
 bottom.axvline(0, color="black", lw=1)
-top.set(title="bytes, and their means", yticks=[])
-bottom.set(title="normalized", yticks=[])
 top.legend(loc="upper right")
+for ax, title in (top, "bytes, and their means"), (bottom, "normalized"):
+    ax.set(title=title, yticks=[])
 
 # %%
 # :doc:`/how-to/larger-than-memory` goes on from here: a run that is stopped and goes on

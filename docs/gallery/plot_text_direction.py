@@ -100,9 +100,9 @@ print(x.shape, x.dtype)
 # Its answers
 # -----------
 #
-# :func:`fastbn.interop.onnx.evaluator` is onnx's ReferenceEvaluator with another batch
-# norm. The model gets a second output, the numbers that its softmax makes probabilities
-# of: they show differences that a probability of 0.9999999 hides.
+# fastbn's ``evaluator`` is onnx's ReferenceEvaluator with another batch norm. The model
+# gets a second output, the logits, of which its softmax makes probabilities: they show
+# differences that a probability of 0.9999999 hides.
 
 folder = importlib.util.find_spec("rapidocr_onnxruntime").submodule_search_locations[0]
 file = Path(folder, "models", "ch_ppocr_mobile_v2.0_cls_infer.onnx")
@@ -133,8 +133,9 @@ for ax, (_, turn, picture), p in zip(axes.flat, shown, found, strict=True):
     ax.imshow(picture)
     ax.set(xticks=[], yticks=[])
     ax.set_xlabel(words if right else f"wrong: {words}", fontsize=12)
-axes[0, 0].set_title("as it is")
-axes[0, 1].set_title("turned by 180 degrees")
+for ax, title in zip(axes[0], ("as it is", "turned by 180 degrees"), strict=True):
+    ax.set_title(title)
+# sphinx_gallery_thumbnail_number = 2
 
 # %%
 # All are right, and of the letters that are a few pixels high it says that it is less
@@ -144,16 +145,16 @@ axes[0, 1].set_title("turned by 180 degrees")
 whole_tag = hopper.crop((76, 482, 168, 518))
 for turn in ANSWERS:
     p = evaluator(model).run(None, {"x": prepared(whole_tag.rotate(turn))[None]})[0]
-    print(f"the whole tag, turned by {turn:3}: it says turned with {p[0, 1]:.1%}")
+    print(f"the whole tag, turned by {turn:3}: turned, {p[0, 1]:.1%}")
 
 # %%
 # Are these its numbers?
 # ----------------------
 #
-# ONNX Runtime computes the same in compiled code of its own. The column *onnx by
-# itself* is the reference evaluator with the batch norm that it brings: in the opsets 9
-# to 13 that one (of onnx 1.23) mixes the statistics of the batch into an inference, and
-# the answer to one picture depends on the pictures beside it.
+# ONNX Runtime computes the same in compiled code of its own. The last column is the
+# reference evaluator with the batch norm that it brings: in the opsets 9 to 13 that one
+# (of onnx 1.23) mixes the statistics of the batch into an inference, and the answer to
+# one picture depends on the pictures beside it.
 
 
 def run_in_runtime(model, x):
@@ -165,20 +166,19 @@ def run_in_runtime(model, x):
 expected, expected_logits = run_in_runtime(model, x)
 alone = ReferenceEvaluator(model).run(None, {"x": x})[0]
 
-print("The probability that the picture is turned:\n")
-head = "picture", "turned by", "fastbn", "ONNX Runtime", "onnx by itself", "answer"
-print("{:16}{:>10}{:>12}{:>15}{:>17}{:>9}".format(*head))
+print("the probability that the picture is turned\n")
+print("{:14}{:>4}{:>10}{:>10}{:>7}".format("", "by", "fastbn", "Runtime", "onnx"))
 for (name, turn, _), p, q, r in zip(shown, found, expected, alone, strict=True):
-    answer = ANSWERS[int(p.argmax())]
-    print(f"{name:16}{turn:>10}{p[1]:12.7f}{q[1]:15.7f}{r[1]:17.7f}{answer:>9}")
+    print(f"{name:14}{turn:4}{p[1]:10.7f}{q[1]:10.7f}{r[1]:7.3f}")
 
 
 def compare(what, found, logits):
     """Print how far the results are from those of ONNX Runtime."""
     size = abs(expected_logits).max()
-    print(f"\n{what}: at most {abs(found - expected).max():.1e} from ONNX Runtime;")
+    print(f"\n{what}, beside ONNX Runtime:")
+    print(f"probabilities differ by {abs(found - expected).max():.1e},")
     off = abs(logits - expected_logits).max() / size
-    print(f"before the softmax {off:.1e} of the largest value, {size:.1f}")
+    print(f"logits by {off:.1e} of the largest, {size:.1f}")
 
 
 compare("fastbn", found, logits)
@@ -203,8 +203,8 @@ for channel, row in enumerate(axes):
         ax.imshow(values[0, channel], cmap="RdBu_r", vmin=-4, vmax=4)
         ax.set(xticks=[], yticks=[])
     row[0].set_ylabel(channel, rotation=0, ha="right", va="center", fontsize=12)
-axes[0, 0].set_title("before")
-axes[0, 1].set_title("after")
+for ax, title in zip(axes[0], ("before", "after"), strict=True):
+    ax.set_title(title)
 
 # %%
 # The same in figures, over all six pictures. A bar holds the middle 90 % of a channel's
@@ -213,6 +213,7 @@ axes[0, 1].set_title("after")
 # pictures; after, beta and gamma, which training has chosen.
 
 fig, (left, right) = plt.subplots(1, 2, figsize=(5.6, 4.6), layout="constrained")
+left.set_ylabel("channel")
 std = np.sqrt(layer.running_var)
 sides = (
     (left, "before", before, layer.running_mean, std, "running mean ± std"),
@@ -229,7 +230,6 @@ for ax, title, values, middle, spread, known in sides:
     ax.set(title=title, yticks=y)
     ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.08), frameon=False)
     ax.invert_yaxis()
-left.set_ylabel("channel")
 
 # %%
 # Taking all 35 out
@@ -269,7 +269,7 @@ for what, m in ("as it came", model), ("folded", plain):
     count = Counter(node.op_type for node in m.graph.node)
     print(f"{what}:", *(f"{count[op]} {op}" for op in ("Conv", "BatchNormalization")))
 
-compare("fastbn, batch norms folded", *evaluator(plain).run(None, {"x": x}))
+compare("folded", *evaluator(plain).run(None, {"x": x}))
 
 # %%
 # :doc:`/how-to/onnx` is the how-to of all this: running models, weights out of and into

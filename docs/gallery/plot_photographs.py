@@ -157,7 +157,7 @@ for ax, title in zip(axes[0], ("bytes", "normalized"), strict=True):
 
 # %%
 # How the values of each channel are spread, over all of the pictures. The peak on the
-# left is the uniform and the dark behind the flower.
+# left is the navy uniform and the dark behind the flower.
 
 edges = np.arange(0, 257, 8) - 0.5
 fig, (top, bottom) = plt.subplots(2, 1, figsize=(4.8, 5.4), layout="constrained")

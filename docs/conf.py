@@ -46,6 +46,9 @@ sphinx_gallery_conf = {
     "gallery_dirs": ["generated/tutorial", "generated/gallery"],
     "filename_pattern": r"plot_\w+\.py$",
     "abort_on_example_error": True,
+    "capture_repr": (),  # only what is printed
+    "remove_config_comments": True,
+    "image_srcset": ["2x"],  # sharp on phones
     "download_all_examples": False,
     "show_signature": False,
     "show_memory": False,

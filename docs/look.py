@@ -2,7 +2,8 @@
 
 `python docs/look.py build/docs PICTURES [WORD ...]` writes a picture of every page (whose name has one of the words) at
 both widths, light and dark, and says what is wrong: a page wider than its window, a formula that was not set, an error
-of a script, anything asked of a network. It needs `pip install playwright` and Chromium (Debian: `apt install chromium`).
+of a script, anything asked of a network. It needs `pip install playwright` and Chromium (Debian: `apt install
+chromium`).
 """
 
 import shutil

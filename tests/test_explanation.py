@@ -4,6 +4,8 @@ import pages
 import pytest
 
 import fastbn
+from fastbn.kernels.grid import SEGMENT, TERMS
+from fastbn.kernels.plain import LANES
 
 
 @pytest.fixture(autouse=True)
@@ -16,3 +18,13 @@ def _threads_as_before():
 @pytest.mark.parametrize("page", ["algorithm", "statistics", "gradients"])
 def test_code_of(page):
     pages.check(f"explanation/{page}.md")
+
+
+def test_the_picture_of_the_sums_has_the_numbers_of_the_kernels():
+    piece = TERMS * LANES
+    picture = (pages.DOCS / "explanation" / "sums.svg").read_text()
+    for text in (
+        f"{SEGMENT:,} elements", f"{piece} elements", f"{LANES} lanes, {TERMS} terms", f"other {SEGMENT // piece - 1} pieces",
+        f">{piece - 1}<",
+    ):  # fmt: skip
+        assert text in picture

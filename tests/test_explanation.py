@@ -9,10 +9,9 @@ from fastbn.kernels.plain import LANES
 
 
 @pytest.fixture(autouse=True)
-def _threads_as_before():
-    before = fastbn.get_num_threads()
+def _threads_as_by_default():
     yield
-    fastbn.set_num_threads(before)
+    fastbn.set_num_threads(None)
 
 
 @pytest.mark.parametrize("page", ["algorithm", "statistics", "gradients"])
@@ -23,8 +22,6 @@ def test_code_of(page):
 def test_the_picture_of_the_sums_has_the_numbers_of_the_kernels():
     piece = TERMS * LANES
     picture = (pages.DOCS / "explanation" / "sums.svg").read_text()
-    for text in (
-        f"{SEGMENT:,} elements", f"{piece} elements", f"{LANES} lanes, {TERMS} terms", f"other {SEGMENT // piece - 1} pieces",
-        f">{piece - 1}<",
-    ):  # fmt: skip
+    sizes = f"{SEGMENT:,} elements", f"{piece} elements", f">{piece - 1}<"
+    for text in (*sizes, f"{LANES} lanes, {TERMS} terms", f"other {SEGMENT // piece - 1} pieces"):
         assert text in picture

@@ -32,8 +32,9 @@ def warmup(dtypes: Any = ("float32",), axes: Any = (1, -1), *, progress: bool = 
 
     Notes
     -----
-    Half a minute without a disk cache, a fraction of a second with it. It starts Numba's threads: under GNU OpenMP,
-    processes forked later run serial.
+    Half a minute without a disk cache, about a second with it. A residual, an activation, `where`, integers and an
+    `out` in another memory order are kernels of their own, compiled by the first call that has them. It starts Numba's
+    threads: under GNU OpenMP, processes forked later run serial.
     """
     fn = "warmup"
     given = dtypes if isinstance(dtypes, (list, tuple, set)) else [dtypes]

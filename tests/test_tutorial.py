@@ -100,9 +100,8 @@ def test_evaluation_lags_at_first_and_not_at_last(tutorial):
 
 def test_batch_norm_is_there_sooner_and_does_not_fall_back(tutorial):
     names, lines = tutorial
-    (without, at_last), (with_it, as_well) = (
-        shares(lines, name) for name in ("without batch norm :", "with batch norm  ")
-    )
+    last = [line for line in lines if "after 30 steps" in line]
+    (without, at_last), (with_it, as_well) = (shares(last, name) for name in ("without batch norm", "with batch norm"))
     assert without < with_it - 10
     assert abs(at_last - as_well) < 1
     assert min(names["right"]["with batch norm"][30:]) > 0.9 > min(names["right"]["without batch norm"][30:])

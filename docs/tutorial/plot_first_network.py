@@ -24,8 +24,8 @@ from sklearn.model_selection import train_test_split
 
 import fastbn
 
-plt.rcParams.update({"font.size": 13, "figure.figsize": (6.4, 5.4)})
-BLUE, ORANGE = "#0072B2", "#D55E00"  # a pair that colour-blind readers tell apart
+plt.rcParams.update({"font.size": 14, "figure.figsize": (6.4, 5.4)})
+ORANGE, BLUE = COLORS = "#D55E00", "#0072B2"  # told apart by colour-blind eyes
 
 # %%
 # Batch norm in one call
@@ -61,7 +61,7 @@ print("mean", saved.mean, "variance", saved.var)
 #    y = \gamma\,\frac{x - \mathrm{mean}}{\sqrt{\mathrm{var} + \mathrm{eps}}} + \beta
 
 y, saved = fastbn.batch_norm_train(a, gamma=[1, 2], beta=[0, 100])
-print("mean", y.mean(axis=0).round(3), "standard deviation", y.std(axis=0).round(3))
+print("mean", y.mean(axis=0).round(3), "std", y.std(axis=0).round(3))
 
 # %%
 # The digits
@@ -70,10 +70,10 @@ print("mean", y.mean(axis=0).round(3), "standard deviation", y.std(axis=0).round
 # 1,797 pictures of 8 x 8 pixels come with scikit-learn. A quarter is kept for the test.
 
 x, digit = load_digits(return_X_y=True)
-x, x_test, digit, digit_test = train_test_split(
-    (x / 16).astype(np.float32), digit, test_size=450, stratify=digit, random_state=0
-)
-print("to learn from", x.shape, "to test", x_test.shape, x.dtype)
+x = (x / 16).astype(np.float32)  # from 0 to 1
+quarter = {"test_size": 450, "stratify": digit, "random_state": 0}
+x, x_test, digit, digit_test = train_test_split(x, digit, **quarter)
+print("to learn", x.shape, "to test", x_test.shape)
 
 fig, axes = plt.subplots(2, 5, figsize=(6.4, 3))
 for ax, picture, label in zip(axes.flat, x, digit, strict=False):
@@ -106,12 +106,13 @@ class Network:
     """Linear layers, and between any two of them batch norm and a ReLU."""
 
     def __init__(self, layer=fastbn.BatchNorm, dtype="float32"):
-        rng, shapes = np.random.default_rng(0), list(pairwise(SIZES))
-        widths = [(2 / m) ** 0.5 for m, n in shapes]  # keep the scale through a ReLU
-        drawn = [rng.normal(0, w, s) for w, s in zip(widths, shapes, strict=True)]
-        self.weights = [w.astype(dtype) for w in drawn]
+        rng, self.weights, self.norms = np.random.default_rng(0), [], []
+        for m, n in pairwise(SIZES):
+            width = (2 / m) ** 0.5  # keeps the scale from one ReLU to the next
+            self.weights.append(rng.normal(0, width, (m, n)).astype(dtype))
+        for n in SIZES[1:-1]:
+            self.norms.append(layer(n, activation="relu", dtype=dtype))
         self.bias = np.zeros(SIZES[-1], dtype)
-        self.norms = [layer(n, activation="relu", dtype=dtype) for n in SIZES[1:-1]]
 
     def scores(self, x):
         """Ten numbers for each picture: the largest is the answer."""
@@ -134,13 +135,14 @@ class Network:
 
     def parameters(self):
         """Every array that is learned, by its name."""
-        found = {f"W{i}": w for i, w in enumerate(self.weights, 1)} | {"b": self.bias}
+        found = {f"W{i}": w for i, w in enumerate(self.weights, 1)}
+        found["b"] = self.bias
         for i, norm in enumerate(self.norms, 1):
             found |= {f"gamma{i}": norm.gamma, f"beta{i}": norm.beta}
         return {name: a for name, a in found.items() if a is not None}
 
     def train(self, mode=True):
-        """Switch all layers of batch norm to training, or with False to evaluation."""
+        """Switch the batch norms to training, or with False to evaluation."""
         for norm in self.norms:
             norm.train(mode)
         return self
@@ -160,9 +162,12 @@ for name, parameter in net.parameters().items():
 
 h = x[:60] @ net.weights[0]
 y, saved = fastbn.batch_norm_train(h)
-print("h moves by 5, y by", f"{abs(fastbn.batch_norm_train(h + 5)[0] - y).max():.0e}")
-dh = fastbn.batch_norm_backward(np.random.default_rng(0).normal(size=y.shape), saved)[0]
-print(f"dh is up to {abs(dh).max():.0f}, its sum {abs(dh.sum(axis=0)).max():.0e}")
+y_bias, _ = fastbn.batch_norm_train(h + 5)
+print(f"h moves by 5, y by {abs(y_bias - y).max():.0e}")
+dy = np.random.default_rng(0).normal(size=y.shape)
+dh, _, _ = fastbn.batch_norm_backward(dy, saved)
+total = abs(dh.sum(axis=0)).max()
+print(f"dh is up to {abs(dh).max():.0f}, its sum {total:.0e}")
 
 # %%
 # Batch norm takes it away again: a bias moves the mean by as much as the values, and
@@ -208,7 +213,7 @@ print(f"loss {loss:.2f}; that of blind guessing is {np.log(10):.2f}")
 #
 # The last two terms are what makes batch norm different from a factor and a shift.
 # Every sample of the batch has a part in the mean and in the variance, and so in every
-# y. (:doc:`/explanation/algorithm` has the derivation.)
+# y. (:doc:`/explanation/algorithm` has all terms.)
 
 # %%
 # Is the gradient right?
@@ -221,10 +226,10 @@ print(f"loss {loss:.2f}; that of blind guessing is {np.log(10):.2f}")
 
 
 def check(net, x, digit, step=1e-6):
-    """Compare each gradient with a difference of losses, along a random direction."""
+    """Compare each gradient with a difference, along a random direction."""
     rng = np.random.default_rng(2)
     gradients = net.gradients(cross_entropy(net.scores(x), digit)[1])
-    print("            gradient   difference   relative error")
+    print("            gradient   difference   error")
     for name, parameter in net.parameters().items():
         kept, direction = parameter.copy(), rng.normal(size=parameter.shape)
         parameter[...] = kept + step * direction
@@ -235,14 +240,15 @@ def check(net, x, digit, step=1e-6):
         expected = (above - below) / (2 * step)
         found = (gradients[name] * direction).sum()
         error = abs(found - expected) / abs(expected)
-        print(f"{name:8}{found: 12.8f} {expected: 12.8f}   {error:.0e}")
+        print(f"{name:8}{found:12.8f} {expected:12.8f}   {error:.0e}")
 
 
 def network64(layer):
-    """A network in float64, gamma and beta anywhere: at 1 and 0 mistakes hide."""
+    """A network in float64, gamma and beta off 1 and 0, where mistakes hide."""
     net, rng = Network(layer, dtype="float64"), np.random.default_rng(1)
     for norm in net.norms:
-        norm.gamma[:], norm.beta[:] = rng.uniform(0.5, 2, 100), rng.normal(size=100)
+        norm.gamma[:] = rng.uniform(0.5, 2, 100)
+        norm.beta[:] = rng.normal(size=100)
     return net
 
 
@@ -250,12 +256,13 @@ some, labels = x[:60].astype(np.float64), digit[:60]
 check(network64(fastbn.BatchNorm), some, labels)
 
 # %%
-# Six digits agree, and more. But would this check notice a mistake? Make one. Here is a
-# batch norm whose dx lacks its last term, the path through the variance:
+# The error is relative: six digits agree, and more. But would this check notice a
+# mistake? Make one. Here is a batch norm whose dx lacks its last term, the path through
+# the variance:
 
 
 class Forgetful(fastbn.BatchNorm):
-    """Batch norm with a wrong backward: it takes the variance for a constant."""
+    """A wrong backward, which takes the variance for a constant."""
 
     def __call__(self, h):
         """Batch norm, and what the mistake needs."""
@@ -304,7 +311,7 @@ def accuracy(net, x, digit):
 net = Network()
 losses = list(training(net))
 net.eval()
-print(f"loss {losses[0]:.2f} at first, {np.mean(losses[-20:]):.3f} in the last steps")
+print(f"loss {losses[0]:.2f} at first, {np.mean(losses[-20:]):.3f} at last")
 print(f"{accuracy(net, x_test, digit_test):.1%} of the test pictures are right")
 
 # %%
@@ -341,7 +348,7 @@ except ValueError as error:
 
 
 def accuracy_in_groups(net, groups):
-    """The same over all test pictures, which come to the network group by group."""
+    """Of all test pictures, which come to the network group by group."""
     right = [accuracy(net, x_test[g], digit_test[g]) * len(g) for g in groups]
     return sum(right) / len(x_test)
 
@@ -350,44 +357,47 @@ everyone = np.arange(450)
 tens = everyone.reshape(45, 10)
 alike = [np.flatnonzero(digit_test == d) for d in range(10)]
 forgot = copy.deepcopy(net).train()
-print("                        evaluation   training mode")
-ways = {"all together": [everyone], "ten at a time": tens, "digit by digit": alike}
+ways = {"all together": [everyone], "ten by ten": tens, "digit by digit": alike}
+print("                evaluation  training mode")
 for way, groups in ways.items():
     told = accuracy_in_groups(net.eval(), groups)
-    print(f"{way:24}{told:10.1%}{accuracy_in_groups(forgot, groups):16.1%}")
+    print(f"{way:16}{told:10.1%}{accuracy_in_groups(forgot, groups):15.1%}")
 
 for _ in range(20):
     forgot.scores(x_test[alike[1]])
 late = accuracy(forgot.eval(), x_test, digit_test)
-print(f"{'after 20 calls with 1s':24}{late:10.1%}")
+print(f"{'then, 20 x ones':16}{late:10.1%}")
 
 # %%
 # In evaluation the company does not matter. In training mode a large mixed batch hides
 # the mistake, and small groups and sorted data show it: in a batch of ones, what all of
 # them have in common is the mean, and is subtracted. What is left is chance.
 #
-# The last line is the other half of the mistake. To the layers those calls were
-# training. They moved the statistics that evaluation uses, and the network stays
-# damaged until somebody trains it again.
+# The last line is evaluation again, after 20 calls in training mode with all the ones
+# of the test: the other half of the mistake. To the layers those calls were training.
+# They moved the statistics that evaluation uses, and the network stays damaged until
+# somebody trains it again.
 
 # %%
 # The running statistics
 # ----------------------
 #
 # In evaluation the layer uses a mean and a variance of its own. Each call in training
-# moves them a little towards those of its batch:
+# moves them a little towards those of its batch. Here is the first feature of the small
+# array from above:
 
 bn = fastbn.BatchNorm(2)
+print("calls    mean  variance  start")
 for calls in range(1, 51):
     bn(a)
     if calls in (1, 10, 50):
-        mean, var = bn.running_mean.round(2), bn.running_var.round(2)
-        print(f"{calls:2} calls: mean {mean}, variance {var}, start {0.9**calls:.3f}")
-print("of the batch: mean", a.mean(axis=0), "variance", a.var(axis=0, ddof=1).round(2))
+        mean, var = bn.running_mean[0], bn.running_var[0]
+        print(f"{calls:5}{mean:8.2f}{var:10.2f}{0.9**calls:7.3f}")
+print(f"batch{a[:, 0].mean():8.2f}{a[:, 0].var(ddof=1):10.2f}")
 
 # %%
 # They start from 0 and 1, and each call computes ``0.9 * old + 0.1 * new``; the last
-# number is how much of the start is left. The 0.9 is ``momentum``. PyTorch gives that
+# column is how much of the start is left. The 0.9 is ``momentum``. PyTorch gives that
 # name to the weight of the *new* value, so that its 0.1 is 0.9 here; Keras and ONNX
 # mean what fastbn means. (:doc:`/reference/conventions` has ten systems.) The running
 # variance is divided by n - 1, because it stands for pictures that are not in the
@@ -396,12 +406,13 @@ print("of the batch: mean", a.mean(axis=0), "variance", a.var(axis=0, ddof=1).ro
 # So evaluation lags behind the weights, most of all at the start:
 
 young = Network()
+print("step  evaluation  training mode")
 for step, _ in enumerate(training(young, 100), 1):
     if step in (3, 10, 30, 100):
         batch = accuracy(copy.deepcopy(young), x_test, digit_test)
         running = accuracy(young.eval(), x_test, digit_test)
         young.train()
-        print(f"step {step:3}: {running:.1%} in evaluation, {batch:.1%} in training")
+        print(f"{step:4}{running:12.1%}{batch:15.1%}")
 
 # %%
 # A network that tests badly in its first steps may be a good one. Where lag matters,
@@ -421,23 +432,23 @@ after = fastbn.batch_norm(h, bn.running_mean, bn.running_var, bn.gamma, bn.beta)
 order = np.argsort(h.mean(axis=0))
 shown = {"before batch norm": h, "after it, before the ReLU": after}
 fig, axes = plt.subplots(2, 1, sharex=True, sharey=True)
-for ax, (title, values), color in zip(axes, shown.items(), (ORANGE, BLUE), strict=True):
-    low, middle, high = np.percentile(values, (5, 50, 95), axis=0)[:, order]
+for ax, title, color in zip(axes, shown, COLORS, strict=True):
+    ranges = np.percentile(shown[title], (5, 50, 95), axis=0)
+    low, middle, high = ranges[:, order]
     ax.vlines(np.arange(100), low, high, color=color, alpha=0.45, lw=2)
     ax.plot(middle, ".", color=color, ms=5)
     ax.axhline(0, color="black", lw=0.8)
     ax.set(title=title, ylabel="value")
-    rare = np.sum(high < 0)
-    print(f"{title}: {rare} units are above 0 for fewer than one picture in twenty")
+    print(f"{np.sum(high < 0):2} units cut off {title}")
 axes[1].set_xlabel("hidden unit, in the order of its mean before")
 fig.tight_layout()
 
 # %%
-# Before, a unit sits wherever its 64 weights put it, and one that sits below zero is
-# cut off by the ReLU for nearly every picture: it says little, and its weights get
-# little gradient. After, every unit has mean beta and standard deviation gamma. Two
-# numbers say where it sits, and no step of the weights before it can move it from
-# there.
+# Before, a unit sits wherever its 64 weights put it. One whose range lies below zero is
+# cut off: the ReLU makes 0 of it for at least 95 % of the pictures, so that it says
+# little, and its weights get little gradient. After batch norm every unit has mean beta
+# and standard deviation gamma. Two numbers say where it sits, and no step of the
+# weights before it can move it from there.
 
 # %%
 # The same network without it
@@ -468,8 +479,13 @@ class Bias:
         """There is one mode only: no statistics."""
 
 
+# %%
+# Train both, and look after each step at what enters the ReLU of the second hidden
+# layer.
+
+
 def into_relu(net):
-    """What enters the second ReLU, for the test pictures."""
+    """What enters the ReLUs of the second layer, for the test pictures."""
     net = copy.deepcopy(net)  # a look moves no running statistics
     net.scores(x_test)
     h, norm = net.inputs[1] @ net.weights[1], net.norms[1]
@@ -478,20 +494,19 @@ def into_relu(net):
     return fastbn.batch_norm_train(h, norm.gamma, norm.beta)[0]
 
 
-names = "without batch norm", "with batch norm"
-nets = dict(zip(names, (Network(Bias), Network()), strict=True))
+nets = {"without batch norm": Network(Bias), "with batch norm": Network()}
 drift, right = {}, {}
 for name, each in nets.items():
-    drift[name], right[name] = [], []
+    seen, right[name] = [], []
     for _ in training(each):
-        drift[name].append(np.percentile(into_relu(each), (15, 50, 85), axis=0))
+        seen.append(np.percentile(into_relu(each), (15, 50, 85), axis=0))
         right[name].append(accuracy(each.eval(), x_test, digit_test))
         each.train()
-    drift[name] = np.array(drift[name])  # (steps, percentiles, units)
+    drift[name] = np.array(seen)  # (steps, percentiles, units)
 
 fig, axes = plt.subplots(2, 1, sharex=True, sharey=True)
-for ax, (name, values), color in zip(axes, drift.items(), (ORANGE, BLUE), strict=True):
-    low, middle, high = values[:, :, 0].T
+for ax, name, color in zip(axes, drift, COLORS, strict=True):
+    low, middle, high = drift[name][:, :, 0].T
     ax.fill_between(np.arange(300), low, high, color=color, alpha=0.3, lw=0)
     ax.plot(middle, color=color)
     ax.axhline(0, color="black", lw=0.8)
@@ -499,9 +514,10 @@ for ax, (name, values), color in zip(axes, drift.items(), (ORANGE, BLUE), strict
 axes[1].set_xlabel("step of training")
 fig.tight_layout()
 
+print("a step moves the median of a unit by")
 for name, values in drift.items():
-    step = abs(np.diff(values[:, 1], axis=0)).mean()
-    print(f"{name:19}: a step moves a unit's median by {step:.3f}, on average")
+    medians = values[:, 1]
+    print(f"{abs(np.diff(medians, axis=0)).mean():.3f} {name}")
 
 # %%
 # The line is the median over the test pictures, the band holds 70 % of them (the paper
@@ -511,19 +527,21 @@ for name, values in drift.items():
 # whatever the layers below do. What it buys is this:
 
 fig, ax = plt.subplots(figsize=(6.4, 3.8))
-for (name, values), color in zip(right.items(), (ORANGE, BLUE), strict=True):
+print("after steps            30    300")
+for name, color in zip(right, COLORS, strict=True):
+    values = right[name]
     ax.plot(values, color=color, label=name)
-    print(f"{name:19}: {values[29]:.1%} after 30 steps, {values[-1]:.1%} after 300")
-ax.set(title="test accuracy", xlabel="step of training", ylabel="share", ylim=(0, 1))
+    print(f"{name:18}{values[29]:7.1%}{values[299]:7.1%}")
+ax.set(title="test accuracy", xlabel="step of training", ylim=(0, 1))
 ax.legend(loc="lower right")
 fig.tight_layout()
 
 # %%
-# Both arrive at the same place, because the digits are an easy task and the network is
-# shallow; with batch norm it is there sooner, and does not fall back on the way.
-# (Whether the drift is the reason is disputed: Santurkar et al. 2018, arXiv:1805.11604,
-# find that batch norm makes the loss smoother, and that this is what helps.) At higher
-# learning rates the two part for good: :doc:`/generated/gallery/plot_learning_rates`.
+# On a task as easy as this one both arrive at the same place; with batch norm it is
+# there sooner, and does not fall back on the way. (Whether the drift is the reason is
+# disputed: Santurkar et al. 2018, arXiv:1805.11604, find that batch norm makes the loss
+# smoother, and that this is what helps.) At higher learning rates the two part for
+# good: :doc:`/generated/gallery/plot_learning_rates`.
 
 # %%
 # Save it
@@ -535,9 +553,11 @@ fig.tight_layout()
 
 def save(net, path):
     """All that a trained network is, in one file of NumPy's."""
-    arrays = {f"W{i}": w for i, w in enumerate(net.weights, 1)} | {"b": net.bias}
+    arrays = {f"W{i}": w for i, w in enumerate(net.weights, 1)}
+    arrays["b"] = net.bias
     for i, norm in enumerate(net.norms, 1):
-        arrays |= {f"norm{i}.{key}": value for key, value in norm.state_dict().items()}
+        for key, value in norm.state_dict().items():
+            arrays[f"norm{i}.{key}"] = value
     np.savez(path, **arrays)
 
 
@@ -550,7 +570,8 @@ def load(path):
         net.bias[...] = arrays["b"]
         for i, norm in enumerate(net.norms, 1):
             keys = norm.state_dict()
-            norm.load_state_dict({key: arrays[f"norm{i}.{key}"] for key in keys})
+            state = {key: arrays[f"norm{i}.{key}"] for key in keys}
+            norm.load_state_dict(state)
     return net.eval()
 
 
@@ -596,8 +617,8 @@ def predict(x):
 
 
 difference = abs(predict(x_test) - expected).max()
-print(f"scores up to {abs(expected).max():.0f}, largest difference {difference:.0e}")
-print("one picture alone:", predict(x_test[:1]).argmax(), "and it is a", digit_test[0])
+print(f"scores up to {abs(expected).max():.0f}, difference {difference:.0e}")
+print("one picture alone:", predict(x_test[:1]).argmax(), "is", digit_test[0])
 
 # %%
 # Where to go from here

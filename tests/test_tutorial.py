@@ -1,4 +1,4 @@
-"""The tutorial: what its text says of the numbers that it prints."""
+"""The tutorials: what their text says of the numbers that they print."""
 
 import contextlib
 import io
@@ -14,24 +14,28 @@ import fastbn
 pytest.importorskip("sklearn")
 matplotlib = pytest.importorskip("matplotlib")
 
-SCRIPT = Path(__file__).parents[1] / "docs" / "tutorial" / "plot_first_network.py"
+FOLDER = Path(__file__).parents[1] / "docs" / "tutorial"
 
 pytestmark = pytest.mark.jit("2,000 steps of training take long as plain Python")
 
 
-@pytest.fixture(scope="module")
-def tutorial():
-    """The names of the script, and the lines that it printed."""
+def run(script):
+    """The names of a script, and the lines that it printed."""
     from matplotlib import pyplot
 
     before = pyplot.get_backend()
     pyplot.switch_backend("Agg")
     printed = io.StringIO()
     with matplotlib.rc_context(), contextlib.redirect_stdout(printed):
-        names = runpy.run_path(str(SCRIPT))
+        names = runpy.run_path(str(FOLDER / script))
     pyplot.close("all")
     pyplot.switch_backend(before)
     return names, printed.getvalue().splitlines()
+
+
+@pytest.fixture(scope="module")
+def tutorial():
+    return run("plot_first_network.py")
 
 
 def checked(names, layer):
@@ -126,3 +130,17 @@ def test_what_is_shipped_computes_the_same(tutorial):
     names, _ = tutorial
     expected, found = names["expected"], names["predict"](names["x_test"])
     assert abs(found - expected).max() < 1e-5 * abs(expected).max()
+
+
+def test_the_page_on_images():
+    names, lines = run("plot_images.py")
+    assert [line.rsplit(": ", 1)[1] for line in lines if ("same" in line or "copy" in line)] == [
+        "True",
+        "False",
+        "True",
+    ]
+    assert abs(names["before"].mean(axis=(0, 1, 2))).max() < 1e-5  # forgotten eval: normalized by itself
+    assert names["after"].mean(axis=(0, 1, 2)).min() > 0.3
+    assert "statistics (3,) and wrong (427,)" in lines
+    assert any(line.startswith("BatchNorm: x has channels (427,)") for line in lines)
+    assert lines[-1] == "bytes from channel to channel: 1 4"

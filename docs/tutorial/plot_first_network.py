@@ -50,8 +50,8 @@ print("mean", saved.mean, "variance", saved.var)
 # The 1e-5 is ``eps``: a column that is constant has variance 0, and becomes 0 instead
 # of a division by zero. A column is a *channel*: what shares one mean and one variance.
 # In an array (N, D) there are D of them; in images (N, C, H, W) there are C, each
-# averaged over N, H and W. ``axis`` says where the channels are, and is 1 unless you
-# say otherwise.
+# averaged over N, H and W (:doc:`plot_images`). ``axis`` says where the channels are,
+# and is 1 unless you say otherwise.
 #
 # A network may need another scale than 1 and another centre than 0. So two learned
 # numbers for each channel follow, a factor :math:`\gamma` and a shift :math:`\beta`:
@@ -627,6 +627,7 @@ print("one picture alone:", predict(x_test[:1]).argmax(), "is", digit_test[0])
 # Change a number and run the script again: a learning rate of 2, batches of 4, pictures
 # ``x + 100``, with batch norm and without it. Then
 #
+# - images, which have four axes: :doc:`plot_images`;
 # - your own pipeline: :doc:`/how-to/index`;
 # - why one pass of batch norm costs about a copy of the array:
 #   :doc:`/explanation/performance`;

@@ -104,6 +104,15 @@ def test_evaluation_lags_at_first_and_not_at_last(tutorial):
     assert abs(last[0] - last[1]) < 1
 
 
+def test_late_statistics_fail_and_exact_ones_mend_it(tutorial):
+    _, lines = tutorial
+    start = next(i for i, line in enumerate(lines) if "standard deviations off" in line)
+    losses, evaluated, first, second, exact = lines[start - 2 : start + 3]
+    assert float(losses.split()[1]) < 0.05
+    assert float(evaluated.split("%")[0]) < 80 < 95 < float(exact.split("%")[0])
+    assert float(first.split()[3]) > 0.5 > 0.1 > float(second.split()[3])
+
+
 def test_batch_norm_is_there_sooner_and_does_not_fall_back(tutorial):
     names, lines = tutorial
     last = lines[lines.index("after steps            30    300") :]
@@ -121,7 +130,7 @@ def test_a_file_without_the_running_statistics_is_a_worse_network(tutorial):
     _, lines = tutorial
     assert "the same bits: True" in lines
     (kept,), (lost,) = (
-        [float(li.split("%")[0]) for li in lines if li.endswith(end)] for end in ("statistics", "% without")
+        [float(li.split("%")[0]) for li in lines if li.endswith(end)] for end in ("running statistics", "% without")
     )
     assert lost < kept - 10
 

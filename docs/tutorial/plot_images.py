@@ -1,6 +1,6 @@
 """
-The same on images
-==================
+Images: NCHW and NHWC
+=====================
 
 In the :doc:`first tutorial <plot_first_network>` a sample was a row, and a channel a
 column. A batch of images has four axes, and there are two orders for them. This page is
@@ -108,8 +108,8 @@ except ValueError as error:
     print(error)
 
 # %%
-# NCHW, and images that are both
-# ------------------------------
+# NCHW, and a view that is both
+# -----------------------------
 #
 # The other order has the channels behind the images, (N, C, H, W). PyTorch and ONNX use
 # it, and it is why ``axis`` is 1 by default. Transposed, an NHWC batch has NCHW's

@@ -375,8 +375,7 @@ print(f"{'then, 20 x ones':16}{late:10.1%}")
 #
 # The last line is evaluation again, after 20 calls in training mode with all the ones
 # of the test: the other half of the mistake. To the layers those calls were training.
-# They moved the statistics that evaluation uses, and the network stays damaged until
-# somebody trains it again.
+# They moved the statistics that evaluation uses, and the network stays damaged.
 
 # %%
 # The running statistics
@@ -399,9 +398,9 @@ print(f"batch{a[:, 0].mean():8.2f}{a[:, 0].var(ddof=1):10.2f}")
 # They start from 0 and 1, and each call computes ``0.9 * old + 0.1 * new``; the last
 # column is how much of the start is left. The 0.9 is ``momentum``. PyTorch gives that
 # name to the weight of the *new* value, so that its 0.1 is 0.9 here; Keras and ONNX
-# mean what fastbn means. (:doc:`/reference/conventions` has ten systems.) The running
-# variance is divided by n - 1, because it stands for pictures that are not in the
-# batch; the normalization itself divides by n.
+# mean what fastbn means. (:doc:`/reference/conventions` lists many systems.) The
+# running variance is divided by n - 1, because it stands for pictures that are not in
+# the batch; the normalization itself divides by n.
 #
 # So evaluation lags behind the weights, most of all at the start:
 
@@ -417,7 +416,7 @@ for step, _ in enumerate(training(young, x, digit, 100), 1):
 # %%
 # A network that tests badly in its first steps may be a good one. And the lag need not
 # end there. Here the pixels are around 100, not around 0, as they are when somebody
-# forgets to scale his data:
+# forgets to scale the data:
 
 bright, bright_test = x + 100, x_test + 100
 late = Network()

@@ -101,6 +101,18 @@ def batchnorm_backward(dout: npt.ArrayLike, cache: Saved) -> tuple[Array, Array,
 def batchnorm_backward_alt(dout: npt.ArrayLike, cache: Saved) -> tuple[Array, Array, Array]:
     """The same as `batchnorm_backward`, bit for bit.
 
+    Parameters
+    ----------
+    dout, cache
+        As in `batchnorm_backward`.
+
+    Returns
+    -------
+    dx, dgamma, dbeta
+        As of `batchnorm_backward`.
+
+    Notes
+    -----
     In the assignment the one follows the computation graph and the other is the simplified formula; fastbn has only the
     latter, in the same two reads.
     """
@@ -112,14 +124,48 @@ def spatial_batchnorm_forward(
 ) -> tuple[Array, Saved]:
     """Normalize each channel of a batch of images: `batchnorm_forward` of (N, C, H, W) arrays.
 
-    Parameters, results and errors are those of `batchnorm_forward`, with C in place of D. No axis is moved and nothing
-    is copied.
+    No axis is moved and nothing is copied.
+
+    Parameters
+    ----------
+    x : (N, C, H, W) array
+    gamma, beta : (C,) array
+    bn_param : dict
+        As in `batchnorm_forward`, with C in place of D.
+
+    Returns
+    -------
+    out : (N, C, H, W) array
+    cache : Saved
+        As of `batchnorm_forward`.
+
+    Raises
+    ------
+    ValueError, TypeError
+        As `batchnorm_forward`.
     """
     return _forward("spatial_batchnorm_forward", x, gamma, beta, bn_param, 4)
 
 
 def spatial_batchnorm_backward(dout: npt.ArrayLike, cache: Saved) -> tuple[Array, Array, Array]:
-    """Gradients of `spatial_batchnorm_forward`; as `batchnorm_backward`."""
+    """Gradients of `spatial_batchnorm_forward`.
+
+    Parameters
+    ----------
+    dout : (N, C, H, W) array
+    cache : Saved
+        From `spatial_batchnorm_forward`. It can be used again.
+
+    Returns
+    -------
+    dx : (N, C, H, W) array
+    dgamma, dbeta : (C,) array
+
+    Raises
+    ------
+    ValueError, TypeError
+        As `batchnorm_backward`.
+    """
     return _backward("spatial_batchnorm_backward", dout, cache)
 
 

@@ -29,6 +29,8 @@ from ._need import need
 Array = npt.NDArray[Any]
 Thing = BatchNorm | Moments
 
+__all__ = ["load", "save"]
+
 SUFFIXES = (".npz", ".safetensors")
 KEY = "fastbn"  # of the JSON text
 DIGEST = "sha256"  # of text and tensors; an .npz has checksums of its own

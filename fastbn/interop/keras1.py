@@ -27,17 +27,51 @@ __all__ = ["BatchNormalization", "l1", "l1l2", "l2"]
 
 
 def l1(l: float = 0.01) -> Penalty:  # noqa: E741  its name there
-    """The regularizer ``l * sum(abs(w))``."""
+    """The regularizer ``l * sum(abs(w))``.
+
+    Parameters
+    ----------
+    l : float
+        0 or more.
+
+    Returns
+    -------
+    Penalty
+        For `gamma_regularizer` or `beta_regularizer`: called with an array it is the penalty, its method ``gradient``
+        the derivative.
+    """
     return Penalty(l1=l)
 
 
 def l2(l: float = 0.01) -> Penalty:  # noqa: E741
-    """The regularizer ``l * sum(w**2)``."""
+    """The regularizer ``l * sum(w**2)``.
+
+    Parameters
+    ----------
+    l : float
+        0 or more.
+
+    Returns
+    -------
+    Penalty
+        As of `l1`.
+    """
     return Penalty(l2=l)
 
 
 def l1l2(l1: float = 0.01, l2: float = 0.01) -> Penalty:
-    """The regularizer ``l1 * sum(abs(w)) + l2 * sum(w**2)``."""
+    """The regularizer ``l1 * sum(abs(w)) + l2 * sum(w**2)``.
+
+    Parameters
+    ----------
+    l1, l2 : float
+        0 or more.
+
+    Returns
+    -------
+    Penalty
+        As of `l1`.
+    """
     return Penalty(l1, l2)
 
 
@@ -161,9 +195,12 @@ class BatchNormalization:
     # ------------------------------------------------------------------------------------------------------- weights
 
     def build(self, input_shape: Sequence[int | None]) -> None:
-        """Make the weights for inputs of this shape, of which only the length of `axis` counts (others may be None).
+        """Make the weights. The first call does it by itself.
 
-        The first call builds the layer by itself.
+        Parameters
+        ----------
+        input_shape : sequence of int or None
+            Of the inputs; only the length of `axis` counts, others may be None.
 
         Raises
         ------
@@ -194,11 +231,22 @@ class BatchNormalization:
         self.initial_weights, self.built, self._saved = None, True, None
 
     def get_weights(self) -> list[Array]:
-        """Copies of [gamma, beta, running_mean, running_std]; an empty list before the layer is built."""
+        """What the layer has learned and measured.
+
+        Returns
+        -------
+        list of (C,) float32 arrays
+            Copies of [gamma, beta, running_mean, running_std]; an empty list before the layer is built.
+        """
         return [a.copy() for a in self._arrays()] if self.built else []
 
     def set_weights(self, weights: Sequence[npt.ArrayLike]) -> None:
-        """Set [gamma, beta, running_mean, running_std], in place. The last is a variance: see the module.
+        """Set what `get_weights` returns, in place.
+
+        Parameters
+        ----------
+        weights : list of four (C,) arrays
+            [gamma, beta, running_mean, running_std]. The last is a variance: see the module.
 
         Raises
         ------
@@ -356,7 +404,13 @@ class BatchNormalization:
     # --------------------------------------------------------------------------------------------------------- config
 
     def get_config(self) -> dict[str, Any]:
-        """What makes such a layer again, but for weights and their initialization, which Keras 1 leaves out too."""
+        """What makes such a layer again.
+
+        Returns
+        -------
+        dict
+            The arguments of the layer but for weights and their initialization, which Keras 1 leaves out too.
+        """
         first = {"batch_input_shape": self.batch_input_shape, "input_dtype": self.input_dtype}
         return {
             **{k: v for k, v in first.items() if v is not None},
@@ -372,7 +426,21 @@ class BatchNormalization:
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Self:
-        """A layer from what `get_config` returned."""
+        """Make a layer from what `get_config` returned.
+
+        Parameters
+        ----------
+        config : mapping
+
+        Returns
+        -------
+        BatchNormalization
+
+        Raises
+        ------
+        TypeError
+            Not a mapping, or one with other keys.
+        """
         if not isinstance(config, Mapping):
             raise TypeError(
                 f"BatchNormalization.from_config: config is of type {type(config).__name__}, expected a mapping"

@@ -225,7 +225,12 @@ class Saved:
         return self.moments.count
 
     def shared_moments(self) -> Moments:
-        """`moments`, as `fastbn.Saved` has it."""
+        """`moments` under the name that `fastbn.Saved` has for them.
+
+        Returns
+        -------
+        Moments
+        """
         return self.moments
 
     def __repr__(self) -> str:
@@ -284,7 +289,24 @@ class BatchNorm(layer.BatchNorm):
         save: bool | None = None,
         out: Array | None = None,
     ) -> Array:
-        """Normalize x; in training with the statistics of all ranks. See `fastbn.BatchNorm`."""
+        """Normalize x; in training with the statistics of all ranks.
+
+        Parameters
+        ----------
+        x, residual, save, out
+            As in a call of `fastbn.BatchNorm`, of this rank. In training `out` must not be x.
+        where
+            Refused in training: weights are not synchronized.
+
+        Returns
+        -------
+        y : array of x's shape
+
+        Raises
+        ------
+        ValueError, TypeError
+            On every rank if an argument is wrong on one; the running statistics stay as they were.
+        """
         if not self.training and self.track_running_stats:
             return super().__call__(x, residual=residual, where=where, save=save, out=out)
         fn = "BatchNorm"
@@ -317,7 +339,22 @@ class BatchNorm(layer.BatchNorm):
         return y
 
     def backward(self, dy: npt.ArrayLike, *, out: Array | None = None) -> Array:
-        """Gradient of the last call's x; sets `dgamma` and `dbeta`, those of all ranks. See `fastbn.BatchNorm`."""
+        """Gradient of the last call's x; sets `dgamma` and `dbeta`, those of all ranks, and `dresidual`.
+
+        Parameters
+        ----------
+        dy, out
+            As in `fastbn.BatchNorm.backward`, of this rank.
+
+        Returns
+        -------
+        dx : array of x's shape
+
+        Raises
+        ------
+        ValueError, TypeError
+            As `batch_norm_backward`; ValueError before a call in training.
+        """
         saved: Any = self._saved
         if not isinstance(saved, Saved):
             return super().backward(dy, out=out)
@@ -336,8 +373,28 @@ class BatchNorm(layer.BatchNorm):
     ) -> Self:
         """Set the running statistics to those of the batches of all ranks, as many as each has.
 
-        One message, after the last batch. `start` is what came before, the same on all ranks; it counts once. A bar
-        (`progress`) is of the rank's own batches. See `fastbn.BatchNorm`.
+        Parameters
+        ----------
+        batches
+            As in `fastbn.BatchNorm.fit_population`, of this rank.
+        start : Moments, optional
+            Of what came before, the same on all ranks; it counts once.
+        progress : bool, optional
+            A bar for the batches of this rank.
+
+        Returns
+        -------
+        BatchNorm
+            The layer.
+
+        Raises
+        ------
+        ValueError, TypeError
+            On every rank if a batch is wrong on one, or too few samples in all. Nothing changes.
+
+        Notes
+        -----
+        One message, after the last batch.
         """
         fn = "BatchNorm.fit_population"
         kept: list[Any] = []

@@ -61,7 +61,19 @@ def normalize(
 
 
 def gradients(dy: npt.ArrayLike, saved: Saved) -> tuple[Array, Array, Array]:
-    """Section 3: the gradients of `normalize`, dx, dgamma and dbeta; `fastbn.batch_norm_backward`."""
+    """Section 3: the gradients of `normalize`; `fastbn.batch_norm_backward`, whose errors these are.
+
+    Parameters
+    ----------
+    dy : array of x's shape
+    saved : Saved
+        From `normalize`.
+
+    Returns
+    -------
+    dx : array of x's shape
+    dgamma, dbeta : (C,) array
+    """
     dx, dgamma, dbeta = batch_norm_backward(dy, saved)
     return dx, dgamma, dbeta
 

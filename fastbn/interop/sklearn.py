@@ -22,6 +22,8 @@ _validation = need("sklearn.utils.validation", "sklearn", __name__)
 
 Array = npt.NDArray[Any]
 
+__all__ = ["BatchNormTransformer"]
+
 FLOATS = (np.float64, np.float32, np.float16)
 """What stays as it is; all else becomes the first."""
 
@@ -49,7 +51,7 @@ class BatchNormTransformer(_base.OneToOneFeatureMixin, _base.TransformerMixin, _
     Attributes
     ----------
     mean_, var_ : (C,) float64 array
-        Of all samples seen. var_ is NaN before there is one more than `correction`.
+        Of all samples seen. `var_` is NaN before there is one more than `correction`.
     moments_ : Moments
         Of all samples seen: adds up with those of other processes or machines.
     n_samples_seen_ : int or float

@@ -24,11 +24,17 @@ from ._penalty import Penalty, initial, regularizer
 Array = npt.NDArray[Any]
 
 UPDATE_OPS = "update_ops"
+"""The collection of each `Update` that waits."""
 GLOBAL_VARIABLES = "variables"
+"""The collection of every `Variable`."""
 MODEL_VARIABLES = "model_variables"
+"""The collection of the variables that `batch_norm` makes."""
 TRAINABLE_VARIABLES = "trainable_variables"
+"""The collection of the variables that an optimizer moves: every beta and gamma, unless ``trainable=False``."""
 REGULARIZATION_LOSSES = "regularization_losses"
+"""The collection of each `Loss`."""
 AUTO_REUSE = "auto_reuse"
+"""For `reuse`: variables are made if they do not exist, and shared if they do."""
 FUSED_EPSILON = 1.001e-5  # the least that the fused operation takes; it raises smaller ones to it
 AXES = {"NHWC": -1, "NCHW": 1}
 
@@ -116,7 +122,13 @@ class Loss:
         return float(self._penalty(self._variable.value))
 
     def gradient(self) -> Array:
-        """The derivative by the variable."""
+        """The derivative of the penalty by the variable.
+
+        Returns
+        -------
+        array
+            In the shape and dtype of the variable.
+        """
         return np.asarray(self._penalty.gradient(self._variable.value), self._variable.value.dtype)
 
     def __repr__(self) -> str:
@@ -145,7 +157,13 @@ class Graph:
 
     @contextlib.contextmanager
     def as_default(self) -> Iterator[Graph]:
-        """Make it the default graph inside of a ``with``."""
+        """Make it the default graph inside of a ``with``.
+
+        Yields
+        ------
+        Graph
+            Itself.
+        """
         _graphs.append(self)
         try:
             yield self
@@ -153,11 +171,27 @@ class Graph:
             _graphs.remove(self)
 
     def get_collection(self, key: str) -> list[Any]:
-        """A copy of the list under `key`, empty if there is none."""
+        """What has been added to a collection.
+
+        Parameters
+        ----------
+        key : str
+
+        Returns
+        -------
+        list
+            A copy; empty if there is no such collection.
+        """
         return list(self._collections.get(key, ()))
 
     def add_to_collection(self, key: str, value: Any) -> None:
-        """Append a value to a collection."""
+        """Append a value to a collection, which is made if there is none.
+
+        Parameters
+        ----------
+        key : str
+        value : object
+        """
         self._collections.setdefault(key, []).append(value)
 
     def forget_updates(self) -> None:
@@ -183,7 +217,12 @@ _graphs = [Graph()]
 
 
 def get_default_graph() -> Graph:
-    """The graph that functions here use."""
+    """The graph that functions here use.
+
+    Returns
+    -------
+    Graph
+    """
     return _graphs[-1]
 
 
@@ -203,7 +242,17 @@ def reset_default_graph() -> None:
 
 
 def get_collection(key: str) -> list[Any]:
-    """A copy of a collection of the default graph."""
+    """What has been added to a collection of the default graph.
+
+    Parameters
+    ----------
+    key : str
+
+    Returns
+    -------
+    list
+        A copy; empty if there is no such collection.
+    """
     return get_default_graph().get_collection(key)
 
 
@@ -246,7 +295,7 @@ def run_updates(updates: Iterable[Update] | None = None) -> int:
 def variable_scope(
     name_or_scope: str | None, default_name: str | None = None, reuse: bool | str | None = None
 ) -> Iterator[str]:
-    """Open a scope of names inside of the current one; gives its full name.
+    """Open a scope of names inside of the current one.
 
     Parameters
     ----------
@@ -257,6 +306,11 @@ def variable_scope(
     reuse : bool, AUTO_REUSE or None
         True: variables exist already. AUTO_REUSE: they are made if they do not. None or False: they are new, or as the
         scope around it says.
+
+    Yields
+    ------
+    str
+        The full name of the scope.
 
     Raises
     ------
@@ -303,6 +357,24 @@ def get_variable(
 ) -> Variable:
     """Make or find a variable of the current scope, as its `reuse` says.
 
+    Parameters
+    ----------
+    name : str
+        Without the scopes.
+    shape : tuple of int
+    dtype : dtype
+        float32 or float64.
+    initializer : callable
+        Function of the shape, of a variable that is made.
+    trainable : bool
+        Whether a variable that is made goes to TRAINABLE_VARIABLES, too.
+    collections : iterable of str
+        That a variable that is made is added to.
+
+    Returns
+    -------
+    Variable
+
     Raises
     ------
     ValueError
@@ -333,12 +405,34 @@ def get_variable(
 
 
 def l1_regularizer(scale: float) -> Penalty:
-    """The regularizer ``scale * sum(abs(w))``."""
+    """The regularizer ``scale * sum(abs(w))``.
+
+    Parameters
+    ----------
+    scale : float
+        0 or more.
+
+    Returns
+    -------
+    Penalty
+        For `param_regularizers`: called with an array it is the penalty, its method ``gradient`` the derivative.
+    """
     return Penalty(l1=scale)
 
 
 def l2_regularizer(scale: float) -> Penalty:
-    """The regularizer ``scale * sum(w**2) / 2``."""
+    """The regularizer ``scale * sum(w**2) / 2``.
+
+    Parameters
+    ----------
+    scale : float
+        0 or more.
+
+    Returns
+    -------
+    Penalty
+        As of `l1_regularizer`.
+    """
     return Penalty(l2=_check.number("l2_regularizer", "scale", scale, 0.0) / 2.0)
 
 

@@ -305,9 +305,12 @@ def _write(path: Any, write: Callable[[Any], Any]) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(beside, target)
-    except BaseException:
+    except BaseException as error:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(beside)
+        if isinstance(error, OSError):  # which names the neighbour, of which nobody has heard, or nothing
+            said = (f"{error}: {os.fspath(path)!r}",) if error.errno is None else (error.errno, error.strerror, path)
+            raise OSError(*said) from error
         raise
 
 

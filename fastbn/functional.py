@@ -325,6 +325,25 @@ class Saved:
         assert isinstance(saved, cls)
         return saved
 
+    @classmethod
+    def _of_parts(
+        cls, x: Array, mean: Array, m2: Array, gamma: Array | None, beta: Array | None, *, axis: tuple[int, ...],
+        eps: float, dtypes: tuple[np.dtype[Any], ...] | None = None, frozen: bool = False,
+    ) -> Self:  # fmt: skip
+        """What a forward of x saved, for a caller who had to keep the parts elsewhere meanwhile; nothing is checked.
+
+        The parts have a value for each channel, or one for all; with `frozen` m2 is the variance. `dtypes`, of y,
+        dgamma and dbeta, are by default those of the verb.
+        """
+        lay = layout_of(x, axis)
+        if dtypes is None:
+            y = _check.result_dtype(x)
+            dtypes = y, _dtype_of(gamma, y), _dtype_of(beta, y)
+        return cls(
+            x, lay, _state(lay, gamma, beta, mean, m2), eps, dtypes=dtypes, frozen=frozen, overwritten=False,
+            residual=False, bits=None, weights=None,
+        )  # fmt: skip
+
     @property
     def x(self) -> Array:
         """The input, not a copy (the output, if it was computed in place)."""
@@ -448,14 +467,14 @@ def trained(
     *,
     axis: int | tuple[int, ...],
     eps: float,
-    where: npt.ArrayLike | None,
-    residual: npt.ArrayLike | None,
-    activation: Literal["relu"] | None,
-    out: Array | None,
+    where: npt.ArrayLike | None = None,
+    residual: npt.ArrayLike | None = None,
+    activation: Literal["relu"] | None = None,
+    out: Array | None = None,
     single: bool = False,
+    fn: str = "batch_norm_train",
 ) -> tuple[Array, Saved]:
-    """`batch_norm_train`; with `single` also of one value per channel, whose variance is 0."""
-    fn = "batch_norm_train"
+    """`batch_norm_train`, in the name of `fn`; with `single` also of one value per channel, whose variance is 0."""
     x = _check.array(fn, "x", x)
     axes = _check.axes(fn, axis, x.shape)
     lay = layout_of(x, axes)
@@ -494,8 +513,8 @@ def trained(
 
 
 def frozen(
-    fn: str, x: Any, mean: Any, var: Any, gamma: Any, beta: Any, *, axis: Any, eps: Any, residual: Any, activation: Any,
-    out: Any, keep: bool, write: bool = True,
+    fn: str, x: Any, mean: Any, var: Any, gamma: Any, beta: Any, *, axis: Any, eps: Any, residual: Any = None,
+    activation: Any = None, out: Any = None, keep: bool, write: bool = True,
 ) -> tuple[Array, Saved | None]:  # fmt: skip
     """y with given statistics, and what the backward needs if it is to `keep` that. Not to `write` y: it is nonsense.
 

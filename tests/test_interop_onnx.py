@@ -337,6 +337,13 @@ def test_outputs_of_training_without_training(rng):
         ReferenceEvaluator(model, new_ops=[BatchNormalization]).run(None, fed(arrays))
 
 
+@pytest.mark.parametrize("training", [False, True])
+def test_what_it_refuses_is_said_in_its_name(rng, training):
+    x, scale, *more = drawn(rng, (4, 3, 5))
+    with pytest.raises(ValueError, match=r"^BatchNormalization: gamma has shape \(2,\), expected \(3,\)"):
+        BatchNormalization.eval(x, scale[:2], *more, training_mode=int(training))
+
+
 def test_the_operator_by_itself(rng):
     """As every operator of the evaluator."""
     arrays = drawn(rng, (4, 3, 5))

@@ -678,7 +678,7 @@ def test_ranks_are_refused_as_pytorch_does(rank, wrong):
 @pytest.mark.parametrize(
     ("module", "x", "error", "match"),
     [
-        (nn.BatchNorm1d(3), torch.rand(1, 3), ValueError, "one value per channel"),
+        (nn.BatchNorm1d(3), torch.rand(1, 3), ValueError, "BatchNorm1d: x has one value per channel"),
         (nn.BatchNorm2d(3, track_running_stats=False).eval(), torch.rand(1, 3, 1, 1), ValueError, "one value per"),
         (nn.BatchNorm2d(3), torch.rand(2, 4, 5, 5), ValueError, "BatchNorm2d: input has 4 channels, expected 3"),
         (nn.BatchNorm2d(1), torch.rand(2, 4, 5, 5), ValueError, "BatchNorm2d: input has 4 channels, expected 1"),

@@ -189,14 +189,10 @@ def _forward(
     var = _running(fn, bn_param, "running_var", kept, shape, of)
     _check.not_negative(fn, "bn_param['running_var']", var)
     if not train:
-        out, cache = frozen(
-            fn, x, mean, var, gamma, beta, axis=1, eps=eps, residual=None, activation=None, out=None, keep=True
-        )
+        out, cache = frozen(fn, x, mean, var, gamma, beta, axis=1, eps=eps, keep=True)
         assert cache is not None
     else:
-        out, cache = trained(
-            x, gamma, beta, axis=1, eps=eps, where=None, residual=None, activation=None, out=None, single=True
-        )
+        out, cache = trained(x, gamma, beta, axis=1, eps=eps, single=True, fn=fn)
         if x.size:
             with np.errstate(all="ignore"):
                 mean, var = moved(mean, cache.mean, momentum), moved(var, cache.var, momentum)

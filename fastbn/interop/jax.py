@@ -15,7 +15,6 @@ import numpy.typing as npt
 
 from .. import _check
 from .. import functional as f
-from .._layout import layout_of
 from ._gradients import through_inference, through_training
 from ._need import need
 
@@ -190,13 +189,8 @@ def _training_gradients(axes: Axes, eps: float) -> Callable[..., None]:
     def call(_: Any, out: Any, *given: Any) -> None:
         dx, dgamma, dbeta = _arrays(out)
         x, gamma, beta, statistics, dy, dmean, dvar = _arrays(given)
-        lay = layout_of(x, axes)
-        state = f._state(lay, gamma, beta)
-        state[:2] = statistics.view(np.float64)[..., 0].reshape(2, -1)
-        dtypes = x.dtype, f._dtype_of(gamma, x.dtype), f._dtype_of(beta, x.dtype)
-        saved = f.Saved(
-            x, lay, state, eps, dtypes=dtypes, frozen=False, overwritten=False, residual=False, bits=None, weights=None
-        )
+        mean, m2 = statistics.view(np.float64)[..., 0]
+        saved = f.Saved._of_parts(x, mean, m2, gamma, beta, axis=axes, eps=eps)
         _, *found = through_training(dy, dmean, dvar, saved, axes, out=dx)
         _store((dgamma, dbeta), found)
 

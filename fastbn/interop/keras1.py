@@ -317,15 +317,9 @@ class BatchNormalization:
         if self.mode == 1:
             y, self._saved = self._by_sample(x, gamma, beta)
         elif self.mode == 0 and not train:
-            y, self._saved = frozen(
-                fn, x, mean, var, gamma, beta, axis=axis, eps=self.epsilon, residual=None, activation=None, out=None,
-                keep=True,
-            )  # fmt: skip
+            y, self._saved = frozen(fn, x, mean, var, gamma, beta, axis=axis, eps=self.epsilon, keep=True)
         else:
-            y, saved = trained(
-                x, gamma, beta, axis=axis, eps=self.epsilon, where=None, residual=None, activation=None, out=None,
-                single=True,
-            )  # fmt: skip
+            y, saved = trained(x, gamma, beta, axis=axis, eps=self.epsilon, single=True, fn=fn)
             self._saved = saved
             if self.mode == 0 and x.size:
                 # Both or none: no call between, where Ctrl-C could come.
@@ -373,14 +367,8 @@ class BatchNormalization:
             s = np.sqrt(moments(rows, axis=0).var() + self.epsilon)
             # (x - m) / (s + epsilon) is (x - m) / s times this, which a channel's gamma can be.
             ratio = np.where(s == 0, 1.0, s / (s + self.epsilon))
-        xhat, saved = trained(
-            rows, ratio, None, axis=0, eps=self.epsilon, where=None, residual=None, activation=None, out=None,
-            single=True,
-        )  # fmt: skip
-        y, affine = frozen(
-            "batch_norm", xhat, 0.0, 1.0, gamma, beta, axis=1, eps=0.0, residual=None, activation=None, out=None,
-            keep=True,
-        )  # fmt: skip
+        xhat, saved = trained(rows, ratio, None, axis=0, eps=self.epsilon, single=True)
+        y, affine = frozen("batch_norm", xhat, 0.0, 1.0, gamma, beta, axis=1, eps=0.0, keep=True)
         return y.reshape(x.shape), (x.shape, saved, affine, s)
 
     def _by_sample_backward(self, fn: str, dy: npt.ArrayLike) -> tuple[Array, Array, Array]:

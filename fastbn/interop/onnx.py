@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .. import _check
-from ..functional import batch_norm, trained
+from ..functional import frozen, trained
 from ..layer import BatchNorm
 from ..moments import update_running
 from ._need import need
@@ -68,6 +68,7 @@ class BatchNormalization(OpRun):  # type: ignore[misc]
         self, x: Array, scale: Array, bias: Array, mean: Array, var: Array, *, epsilon: float = 1e-5,
         momentum: float = 0.9, training_mode: int = 0, is_test: int = 0, spatial: int = 1, consumed_inputs: Any = None,
     ) -> tuple[Array, ...]:  # fmt: skip
+        fn = "BatchNormalization"
         opset = self.run_params["opsets"][self.domain]
         if opset >= 14:
             training = bool(training_mode)
@@ -82,13 +83,12 @@ class BatchNormalization(OpRun):  # type: ignore[misc]
         if not training:
             if opset >= 14 and any(self.output[1:]):
                 raise ValueError(
-                    f"BatchNormalization: the node {self.onnx_node.name!r} has outputs {list(self.output)}, expected "
+                    f"{fn}: the node {self.onnx_node.name!r} has outputs {list(self.output)}, expected "
                     f"one: it is not in training"
                 )
-            return (batch_norm(x, mean, var, scale, bias, axis=axis, eps=epsilon).reshape(shape),)
-        y, saved = trained(
-            x, scale, bias, axis=axis, eps=epsilon, where=None, residual=None, activation=None, out=None, single=True
-        )
+            y, _ = frozen(fn, x, mean, var, scale, bias, axis=axis, eps=epsilon, keep=False)
+            return (y.reshape(shape),)
+        y, saved = trained(x, scale, bias, axis=axis, eps=epsilon, single=True, fn=fn)
         new_mean, new_var = (a.astype(np.float64) for a in (mean, var))
         update_running(new_mean, new_var, saved.moments, momentum=momentum, correction=0)
         with np.errstate(all="ignore"):  # beyond float16 is infinite

@@ -12,7 +12,6 @@ import numpy as np
 import numpy.typing as npt
 
 from .. import _check
-from .._layout import layout_of
 from ..functional import Saved, batch_norm, batch_norm_backward, trained
 
 Array = npt.NDArray[Any]
@@ -68,9 +67,7 @@ def batchnorm_forward(x: npt.ArrayLike, gamma: npt.ArrayLike, beta: npt.ArrayLik
     gamma = _check.parameter(fn, "gamma", gamma, x.shape[1:], (x, 1))
     beta = _check.parameter(fn, "beta", beta, x.shape[1:], (x, 1))
     eps = _check.eps(fn, eps)
-    xhat, saved = trained(
-        x, None, None, axis=1, eps=eps, where=None, residual=None, activation=None, out=None, single=True
-    )
+    xhat, saved = trained(x, None, None, axis=1, eps=eps, single=True, fn=fn)
     out = batch_norm(xhat, 0.0, 1.0, gamma, beta, eps=0.0)
     xmu = batch_norm(x, saved.mean, 1.0, eps=0.0)
     var = saved.var
@@ -129,14 +126,10 @@ def batchnorm_backward(dout: npt.ArrayLike, cache: Cache) -> tuple[Array, Array,
             if not np.allclose(found, expected, rtol=1e-2, atol=0.0, equal_nan=True):
                 formula = "sqrt(var + eps)" if name == "sqrtvar" else "1 / sqrt(var + eps)"
                 raise ValueError(f"{fn}: cache's {name} is another than its var and eps say, expected {formula}")
-    lay, dtype = layout_of(xmu, (1,)), _check.result_dtype(xmu)
-    state = np.zeros((4, lay.channels))
     with np.errstate(all="ignore"):
-        state[1], state[2] = var.astype(np.float64) * len(xmu), gamma  # of xmu the mean is 0
-    wide = np.promote_types(dtype, np.float32)
-    saved = Saved(
-        xmu, lay, state, eps, dtypes=(dtype, wide, wide), frozen=False, overwritten=False, residual=False, bits=None,
-        weights=None,
-    )  # fmt: skip
+        mean, m2 = np.zeros(shape), var.astype(np.float64) * len(xmu)  # xmu is x without its mean
+    dtype = _check.result_dtype(xmu)
+    wide = np.promote_types(dtype, np.float32)  # whatever gamma's: the notebooks' gradients are in that of the data
+    saved = Saved._of_parts(xmu, mean, m2, gamma, None, axis=(1,), eps=eps, dtypes=(dtype, wide, wide))
     dx, dgamma, dbeta = batch_norm_backward(dout, saved)
     return dx, dgamma, dbeta

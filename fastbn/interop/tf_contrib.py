@@ -618,18 +618,15 @@ def batch_norm(
         corrections, updates = None, []
         if not is_training:
             y, saved = frozen(
-                fn, x, moving[0].value, moving[1].value, g, b, axis=axis, eps=eps, residual=None, activation=relu,
-                out=None, keep=True,
-            )  # fmt: skip
+                fn, x, moving[0].value, moving[1].value, g, b, axis=axis, eps=eps, activation=relu, keep=True
+            )
             assert saved is not None
         else:
             if renorm:
                 r, d = corrections = _corrections(moments(x, axis=axis), eps, averages[2:], clipping)
                 one = np.ones(shape) if g is None else g.astype(np.float64)
                 g, b = r * one, d * one + (0.0 if b is None else b)
-            y, saved = trained(
-                x, g, b, axis=axis, eps=eps, where=where, residual=None, activation=relu, out=None, single=True
-            )
+            y, saved = trained(x, g, b, axis=axis, eps=eps, where=where, activation=relu, single=True, fn=fn)
             if seen(saved.count):
                 steps = _steps(saved.moments, averages, decay, renorm_decay if renorm else None, eps, fuse)
                 updates = [Update(v.name, step) for v, step in zip(moving, steps, strict=True)]

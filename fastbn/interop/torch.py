@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from .._layout import layout_of
 from ..functional import Saved, batch_norm_backward, frozen, trained
 from ..layer import BatchNorm
 from ..moments import both_moved, seen
@@ -63,7 +62,7 @@ class _Recorded(torch.autograd.Function):  # type: ignore[misc]
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, fn: str, y: Array, saved: Saved) -> Tensor:
-        """Y, which is computed already."""
+        """Y as a tensor: it is computed already, before autograd is asked."""
         ctx.save_for_backward(x)  # so hooks see it, a change of it in place is noticed, and the backward lets it go
         ctx.fn, ctx.state, ctx.eps = fn, saved._state, saved.eps
         ctx.dtypes, ctx.frozen = saved._dtypes, saved.frozen
@@ -81,10 +80,7 @@ class _Recorded(torch.autograd.Function):  # type: ignore[misc]
                 "them (is_grads_batched, vectorize, vmap); fastbn.interop.torch.revert(model) brings PyTorch's own back"
             ) from error
         x = _array(ctx.fn, "input", *ctx.saved_tensors)
-        saved = Saved(
-            x, layout_of(x, (1,)), ctx.state, ctx.eps, dtypes=ctx.dtypes, frozen=ctx.frozen, overwritten=False,
-            residual=False, bits=None, weights=None,
-        )  # fmt: skip
+        saved = Saved._of_parts(x, *ctx.state, axis=(1,), eps=ctx.eps, dtypes=ctx.dtypes, frozen=ctx.frozen)
         found = batch_norm_backward(dy, saved)
         grads = (_tensor(g) if n else None for g, n in zip(found, ctx.needs_input_grad[:3], strict=True))
         return (*grads, None, None, None)
@@ -135,17 +131,12 @@ class _OnFastbn:
             t is not None and t.requires_grad for t in (input, self.weight, self.bias)
         )
         if self.training or (mean is None and var is None):
-            y, found = trained(
-                x, gamma, beta, axis=1, eps=self.eps, where=None, residual=None, activation=None, out=None
-            )
+            y, found = trained(x, gamma, beta, axis=1, eps=self.eps, fn=fn)
             if self.training and self.track_running_stats:
                 self._track(fn, mean, var, found)
             saved: Saved | None = found
         else:
-            y, saved = frozen(
-                "batch_norm", x, mean, var, gamma, beta, axis=1, eps=self.eps, residual=None, activation=None, out=None,
-                keep=records,
-            )  # fmt: skip
+            y, saved = frozen(fn, x, mean, var, gamma, beta, axis=1, eps=self.eps, keep=records)
         return _Recorded.apply(input, self.weight, self.bias, fn, y, saved) if records else _tensor(y)
 
     def _track(self: Any, fn: str, mean: Array | None, var: Array | None, saved: Saved) -> None:

@@ -111,6 +111,12 @@ def test_an_nnx_module_in_and_out(flax, x):
         same(net.bn(x, use_running_average=True), bn.eval()(x))
         same(net.bn(x, use_running_average=False), bn.train()(x))
         same(net.bn.var, bn.running_var)
+        of_state = {"eps": 1e-2, "momentum": 0.7}  # which a state does not tell
+        for state in (nnx.state(net), nnx.to_pure_dict(nnx.state(net))):
+            again = interop.from_flax(state, path="bn", **of_state)
+            assert repr(again) == repr(bn)
+            same(again.eval()(x), bn.eval()(x))
+        same(interop.from_flax(nnx.state(net.bn), **of_state).eval()(x), bn.eval()(x))
         variables = interop.to_flax(bn)
         other = Net(**options)
         for name in ("mean", "var"):
@@ -141,6 +147,8 @@ def test_the_dtype_and_the_defaults():
     ("kind", "words", "variables", "path"),
     [
         (ValueError, "variables has params, expected batch_stats", {"params": {}}, ()),
+        (ValueError, "path has 'b', expected one of a, in variables", {"a": STATS}, "b"),
+        (ValueError, "variables has a, expected mean, var", {"a": STATS}, ()),
         (ValueError, "path has 'b', expected one of a, in batch_stats", {"batch_stats": {"a": STATS}}, "b"),
         (ValueError, "path has 'c', expected one of mean, var, in batch_stats/a", {"batch_stats": {"a": STATS}}, "a/c"),
         (ValueError, "path has 'x', expected one of no names", {"batch_stats": {"a": STATS}}, "a/mean/x"),

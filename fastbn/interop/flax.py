@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from .. import _check
 from ..layer import BatchNorm
+from ._weights import layer_of, weights_of
 
 Array = npt.NDArray[Any]
 
@@ -24,14 +25,15 @@ def from_flax(variables: Any, *, path: str | tuple[str, ...] = (), **options: An
 
     Parameters
     ----------
-    variables : mapping, or flax.nnx.BatchNorm
-        A linen model's ``{"params": {...}, "batch_stats": {...}}`` (a dict or a FrozenDict), or an nnx module.
+    variables : mapping, or flax.nnx.Module
+        A linen model's ``{"params": {...}, "batch_stats": {...}}`` (a dict or a FrozenDict); an nnx module; or the
+        state of one, ``nnx.state(module)``, also as a pure dict.
     path : str or tuple of str
-        Where in both the layer is: "Block_0/BatchNorm_1", or ("Block_0", "BatchNorm_1"). Of an nnx model the names of
+        Where in them the layer is: "Block_0/BatchNorm_1", or ("Block_0", "BatchNorm_1"). Of an nnx model the names of
         its attributes.
     **options
-        Arguments of `fastbn.BatchNorm`. By default those of the nnx module; of variables, which do not tell, Flax's
-        defaults: axis -1, eps 1e-5, momentum 0.99. With two axes and more `axis` must be given.
+        Arguments of `fastbn.BatchNorm`. By default those of the nnx module; of variables and states, which do not tell,
+        Flax's defaults: axis -1, eps 1e-5, momentum 0.99. With two axes and more `axis` must be given.
 
     Returns
     -------
@@ -50,7 +52,9 @@ def from_flax(variables: Any, *, path: str | tuple[str, ...] = (), **options: An
     if not isinstance(path, str) and not (isinstance(path, tuple) and all(isinstance(p, str) for p in path)):
         raise TypeError(f"{fn}: path is {_check.shown(path)}, expected a str or a tuple of them")
     steps = tuple(p for p in path.split("/") if p) if isinstance(path, str) else path
-    if isinstance(variables, Mapping):
+    if isinstance(variables, Mapping) and not {"batch_stats", "params"} & variables.keys():
+        found = dict(_at(fn, variables, steps, "variables"))  # the state of an nnx module has no groups
+    elif isinstance(variables, Mapping):
         if "batch_stats" not in variables:
             raise ValueError(
                 f"{fn}: variables has {_names(variables)}, expected batch_stats and, with scale or bias, params"
@@ -77,16 +81,8 @@ def from_flax(variables: Any, *, path: str | tuple[str, ...] = (), **options: An
     where = "/".join(steps) or "variables"
     if not {"mean", "var"} <= found.keys() <= {"mean", "var", "scale", "bias"}:
         raise ValueError(f"{fn}: {where} has {_names(found)}, expected mean, var and, if it has them, scale and bias")
-    shape = np.shape(found["mean"])
-    arrays = {}
-    for name, value in found.items():
-        check = _check.variance if name == "var" else _check.parameter
-        arrays[name] = check(fn, name, np.asarray(value), shape, ", the shape of mean")
-    wide = any(a.dtype == np.float64 for a in arrays.values())
-    given = {"dtype": "float64" if wide else "float32", "center": "bias" in arrays, "scale": "scale" in arrays}
-    bn = BatchNorm.like("flax", shape, **{**given, **options})
-    state = {own: arrays[name] for own, name in _NAMES.items() if name in arrays}
-    return bn.load_state_dict({**state, "num_batches_tracked": 0})
+    arrays = {name: np.asarray(value) for name, value in found.items()}  # of JAX's arrays, or nnx's variables
+    return layer_of(fn, "flax", arrays, _NAMES, **options)
 
 
 def to_flax(layer: BatchNorm) -> dict[str, dict[str, Array]]:
@@ -115,19 +111,15 @@ def to_flax(layer: BatchNorm) -> dict[str, dict[str, Array]]:
     epsilon and momentum. Flax stores the plain variance: a layer with ``correction=1`` goes on with another rule there.
     An nnx module takes the same arrays one by one: ``module.mean[...] = variables["batch_stats"]["mean"]``.
     """
-    fn = "to_flax"
-    if not isinstance(layer, BatchNorm):
-        raise TypeError(f"{fn}: layer is of type {type(layer).__name__}, expected a fastbn.BatchNorm")
-    if not layer.track_running_stats:
-        raise ValueError(f"{fn}: the layer keeps no running statistics; expected track_running_stats=True")
-    state = layer.state_dict()
-    arrays = {name: state[own].astype(layer.dtype, copy=False) for own, name in _NAMES.items() if own in state}
-    groups = {"params": ("scale", "bias"), "batch_stats": ("mean", "var")}
-    found = {group: {name: arrays[name] for name in names if name in arrays} for group, names in groups.items()}
-    return {group: values for group, values in found.items() if values}
+    arrays = weights_of("to_flax", layer)
+    found: dict[str, dict[str, Array]] = {}
+    for name, own in _NAMES.items():
+        if own in arrays:
+            found.setdefault("batch_stats" if name in ("mean", "var") else "params", {})[name] = arrays[own]
+    return found
 
 
-_NAMES = {"gamma": "scale", "beta": "bias", "running_mean": "mean", "running_var": "var"}
+_NAMES = {"scale": "gamma", "bias": "beta", "mean": "running_mean", "var": "running_var"}
 
 
 def _at(fn: str, tree: Any, steps: tuple[str, ...], group: str, *, missing_ok: bool = False) -> Mapping[str, Any]:

@@ -22,6 +22,7 @@ from ..functional import batch_norm
 from ..layer import BatchNorm
 from ..moments import moments
 from ._need import need
+from ._weights import layer_of, weights_of
 
 Array = npt.NDArray[Any]
 
@@ -239,18 +240,12 @@ def from_keras(
             "beta, moving_mean and moving_variance, or less with center=False or scale=False to tell which"
         )
     ((center, scale),) = fitting
-    names = [*(["gamma"] if scale else []), *(["beta"] if center else []), "moving_mean", "moving_variance"]
-    shape = np.shape(weights[-2])
-    checks = {"moving_variance": _check.variance}
-    arrays = [
-        checks.get(name, _check.parameter)(fn, name, w, shape, ", the shape of moving_mean")
-        for name, w in zip(names, weights, strict=True)
-    ]
-    state = {name.replace("moving", "running").replace("iance", ""): a for name, a in zip(names, arrays, strict=True)}
-    wide = any(a.dtype == np.float64 for a in arrays)
-    options = {"dtype": "float64" if wide else "float32", "center": center, "scale": scale, **options}
-    bn = BatchNorm.like("keras", shape, **options)
-    return bn.load_state_dict({**state, "num_batches_tracked": 0})
+    names = [name for name in _NAMES if (name != "gamma" or scale) and (name != "beta" or center)]
+    return layer_of(fn, "keras", dict(zip(names, weights, strict=True)), _NAMES, **options)
+
+
+# In the order of Keras's lists; and here.
+_NAMES = {"gamma": "gamma", "beta": "beta", "moving_mean": "running_mean", "moving_variance": "running_var"}
 
 
 def to_keras(layer: BatchNorm) -> list[Array]:
@@ -278,11 +273,4 @@ def to_keras(layer: BatchNorm) -> list[Array]:
     ``keras.layers.BatchNormalization(axis=layer.axis, epsilon=layer.eps, momentum=layer.momentum)``. Keras stores the
     plain variance: a layer with ``correction=1`` goes on with another rule there.
     """
-    fn = "to_keras"
-    if not isinstance(layer, BatchNorm):
-        raise TypeError(f"{fn}: layer is of type {type(layer).__name__}, expected a fastbn.BatchNorm")
-    if not layer.track_running_stats:
-        raise ValueError(f"{fn}: the layer keeps no running statistics; expected track_running_stats=True")
-    state = layer.state_dict()
-    names = ("gamma", "beta", "running_mean", "running_var")
-    return [state[name].astype(layer.dtype, copy=False) for name in names if name in state]
+    return list(weights_of("to_keras", layer).values())

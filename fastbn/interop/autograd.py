@@ -40,7 +40,8 @@ def batch_norm_train(
     -------
     y : array of x's shape and dtype
     mean, var : (C,) float64 array
-        The statistics of x; var is divided by n. Gradients go through them, too.
+        The statistics of x; var is divided by n. For running statistics (``momentum * old + (1 - momentum) * mean``)
+        and whatever else; gradients go through them, too.
 
     Raises
     ------
@@ -57,7 +58,7 @@ def batch_norm_train(
     >>> autograd.grad(loss, 1)(x, np.zeros(1)).round(9) + 0.0
     array([0.])
     """
-    saved: list[f.Saved] = []
+    saved: list[f.Saved] = []  # a primitive gives only what has gradients: the rest of a forward leaves by this list
     return _train(x, gamma, beta, axis=axis, eps=eps, saved=saved)
 
 
@@ -84,7 +85,7 @@ def batch_norm(
     ValueError, TypeError
         As `fastbn.batch_norm`.
     NotImplementedError
-        When it is differentiated twice, or forwards.
+        As `batch_norm_train`.
     """
     return _infer(x, mean, var, gamma, beta, axis=axis, eps=eps)
 
@@ -139,6 +140,7 @@ def _shaped(gradients: Any, arguments: Any) -> tuple[Any, ...]:
     return tuple(found)
 
 
+# The gradients are primitives, too, so that going through them a second time meets this, and not NumPy on boxes.
 def _refused(*_: Any) -> Any:
     raise NotImplementedError(
         "fastbn.interop.autograd: batch norm is differentiated twice, expected once: its gradient has no gradient"

@@ -31,7 +31,7 @@ __all__ = ["batch_norm", "batch_norm_train"]
 def batch_norm_train(
     x: Any, gamma: Any = None, beta: Any = None, *, axis: int | tuple[int, ...] = 1, eps: float = 1e-5
 ) -> tuple[Any, Any, Any]:
-    """Normalize with the statistics of x itself: `fastbn.batch_norm_train` as a function of JAX.
+    """Normalize with the statistics of x itself: `fastbn.batch_norm_train` for JAX.
 
     Parameters
     ----------
@@ -42,13 +42,13 @@ def batch_norm_train(
     axis : int or tuple of ints
         The **channel** axis: 1 here, too; Flax has -1. Static.
     eps : float
-        Added to var. Static.
+        Added to the variance. Static.
 
     Returns
     -------
     y : jax.Array of x's shape and dtype
     mean, var : (C,) jax.Array
-        The statistics of x, float32, or float64 for a float64 x. var is divided by n. For running statistics
+        The statistics of x, float32, or float64 for a float64 x; var is divided by n. For running statistics
         (``momentum * old + (1 - momentum) * mean``) and whatever else; gradients go through them, too.
 
     Raises
@@ -56,7 +56,7 @@ def batch_norm_train(
     ValueError
         Wrong shapes, axis out of range, one value per channel, negative eps: when it is called or traced.
     TypeError
-        A dtype that is not listed above. When it is differentiated twice.
+        A dtype that is not listed above. When it is differentiated twice, or forwards (`jax.jvp`).
 
     Notes
     -----
@@ -85,7 +85,7 @@ def batch_norm(
     x: Any, mean: Any, var: Any, gamma: Any = None, beta: Any = None, *,
     axis: int | tuple[int, ...] = 1, eps: float = 1e-5,
 ) -> Any:  # fmt: skip
-    """Normalize with given statistics: `fastbn.batch_norm` as a function of JAX.
+    """Normalize with given statistics: `fastbn.batch_norm` for JAX.
 
     Parameters
     ----------
@@ -259,6 +259,7 @@ def _outside_primal(callback: Callable[..., None], results: Any, *given: Any) ->
     return buffer_callback(callback, results, vmap_method="sequential")(*given)
 
 
+# Below what `custom_vjp` takes away for the first derivative: a second one meets this, not an error of the callback.
 def _refuse(*_: Any) -> None:
     raise TypeError(
         "fastbn.interop.jax: batch norm is differentiated twice, expected once: its gradient is computed outside of JAX"

@@ -18,8 +18,8 @@ from ..layer import BatchNorm
 from ..moments import both_moved, seen
 from ._need import need
 
-need("torch", "torch", __name__)
-import torch  # noqa: E402
+need("torch", "torch", __name__)  # says what to install
+import torch  # noqa: E402  by name: types are checked against it
 
 Array = npt.NDArray[Any]
 Tensor = Any

@@ -593,25 +593,31 @@ def batch_norm(
 
     with graph._unchanged_on_error(), variable_scope(scope, "BatchNorm", reuse) as full:
 
-        def variable(name: str, first: Callable[[tuple[int, ...]], Any], own: bool = False, s: Any = shape) -> Variable:
+        def variable(
+            name: str, first: Callable[[tuple[int, ...]], Any], *, learned: bool = False, shape: Any = shape
+        ) -> Variable:
             more = _collections_of(fn, variables_collections, name)
-            known = set(graph.variables)
+            before = len(graph.variables)
             made = get_variable(
-                name, s, dtype, initializers.get(name, first), own and trainable,
+                name, shape, dtype, initializers.get(name, first), learned and trainable,
                 (GLOBAL_VARIABLES, MODEL_VARIABLES, *more),
             )  # fmt: skip
-            if name in regularizers and made.name not in known:
+            if name in regularizers and len(graph.variables) > before:  # a shared one has its loss already
                 graph.add_to_collection(REGULARIZATION_LOSSES, Loss(made, regularizers[name]))
             return made
 
-        beta = variable("beta", np.zeros, True) if center else None
-        gamma = variable("gamma", np.ones, True) if scale else None
+        beta = variable("beta", np.zeros, learned=True) if center else None
+        gamma = variable("gamma", np.ones, learned=True) if scale else None
         moving = [variable(name, first) for name, first in zip(MOVING, (np.zeros, np.ones), strict=True)]
         averages = [*moving]
         if renorm:
-            averages += [variable(name, np.zeros, s=shape if i % 2 == 0 else ()) for i, name in enumerate(RENORM)]
+            shapes = [() if name.endswith("_weight") else shape for name in RENORM]
+            averages += [variable(name, np.zeros, shape=s) for name, s in zip(RENORM, shapes, strict=True)]
         if zero_debias_moving_mean and is_training:
-            averages += [variable("moving_mean/biased", np.zeros), variable("moving_mean/local_step", np.zeros, s=())]
+            averages += [
+                variable("moving_mean/biased", np.zeros),
+                variable("moving_mean/local_step", np.zeros, shape=()),
+            ]
         for v in moving[1:]:
             _check.not_negative(fn, v.name, v.value)
         g, b = (None if v is None else v.value for v in (gamma, beta))
@@ -628,7 +634,7 @@ def batch_norm(
                 g, b = r * one, d * one + (0.0 if b is None else b)
             y, saved = trained(x, g, b, axis=axis, eps=eps, where=where, activation=relu, single=True, fn=fn)
             if seen(saved.count):
-                steps = _steps(saved.moments, averages, decay, renorm_decay if renorm else None, eps, fuse)
+                steps = _steps(saved.moments, averages, decay, renorm, renorm_decay, eps, fuse)
                 updates = [Update(v.name, step) for v, step in zip(moving, steps, strict=True)]
         outputs = np.asarray(activation_fn(y)) if callable(activation_fn) else y
         keys = [outputs_collections] if isinstance(outputs_collections, str) else outputs_collections or ()
@@ -706,7 +712,7 @@ def _corrections(
 
 
 def _steps(
-    m: Moments, averages: list[Variable], decay: float, renorm_decay: float | None, eps: float, fused: bool
+    m: Moments, averages: list[Variable], decay: float, renorm: bool, renorm_decay: float, eps: float, fused: bool
 ) -> tuple[Callable[[], None], Callable[[], None]]:
     """What moves moving_mean and moving_variance after a batch, whenever it is run, and what they depend on."""
     mean, variance, *rest = (v.value for v in averages)
@@ -719,15 +725,14 @@ def _steps(
             to[...] = moved(to, value, weight)
 
     def renormed(average: Array, weight: Array, value: Array) -> Array:
-        """Moves a renorm average and its weight; the one over the other."""
-        assert renorm_decay is not None
+        """Moves a renorm average and its weight; returns the one over the other: what the batches agree on so far."""
         move(average, value, renorm_decay)
         weight[...] = moved(weight, np.asarray(1.0), renorm_decay)
         with np.errstate(all="ignore"):
             return np.where(weight == 0, value, average.astype(np.float64) / weight)
 
     def mean_step() -> None:
-        if renorm_decay is not None:
+        if renorm:
             move(mean, renormed(rest[0], rest[1], of_mean), decay)
         elif rest:
             biased, t = rest
@@ -739,7 +744,7 @@ def _steps(
             move(mean, of_mean, decay)
 
     def variance_step() -> None:
-        if renorm_decay is not None:
+        if renorm:
             stddev = renormed(rest[2], rest[3], np.sqrt(of_variance + eps))
             move(variance, np.maximum(stddev * stddev - eps, 0.0), decay)
         else:

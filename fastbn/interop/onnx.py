@@ -1,7 +1,7 @@
 """ONNX: its reference evaluator with a batch norm that is right in every opset, and weights out of and into models.
 
 The operator is BatchNormalization of the opsets 1, 6, 7, 9, 14 and 15, as onnx/defs/nn/defs.cc and old.cc in onnx 1.23
-define it. The evaluator's own (onnx/reference/ops/op_batch_normalization.py there) cannot run opset 7 and 8, and mixes
+define it. The evaluator's own (op_batch_normalization.py there) cannot run opset 7 and 8, and mixes
 the statistics of the batch into an inference of the opsets 9 to 13.
 """
 

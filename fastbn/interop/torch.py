@@ -19,7 +19,7 @@ from ..moments import both_moved, seen
 from ._need import need
 
 need("torch", "torch", __name__)  # says what to install
-import torch  # noqa: E402  by name: types are checked against it
+import torch  # noqa: E402  by name: a variable is no base class to mypy
 
 Array = npt.NDArray[Any]
 Tensor = Any

@@ -2,80 +2,20 @@
 
 import ast
 import doctest
+import importlib.util
 import inspect
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
+from modules import MODULES, PACKAGE, RANK, imports
 from subprocesses import run_script
 
 import fastbn
 
-PACKAGE = Path(fastbn.__file__).parent
-
-# From the top down: a module imports only from lines below its own, or from its own line where that is a folder.
-ORDER = [
-    ["__main__"],
-    ["__init__"],
-    ["interop"],
-    ["interop._need", "interop._parts"],
-    ["_plot"],
-    ["_measure", "_config"],
-    ["_peers"],
-    ["folding"],
-    ["layer"],
-    ["conventions"],
-    ["functional"],
-    ["moments"],
-    ["_progress"],
-    ["_memory"],
-    ["_check"],
-    ["_layout"],
-    ["_threads"],
-    ["kernels.backward"],
-    ["kernels.forward", "kernels.yardsticks"],
-    ["kernels.leaves"],
-    ["kernels.lanes"],
-    ["kernels.halves"],
-    ["kernels.llvm"],
-    ["kernels.plain"],
-    ["kernels.grid", "kernels"],
-    ["_jit"],
-]
-RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}
 # What a module may import from outside. Everything above the kernels gets Numba only when a call needs it.
 FOREIGN = {"numpy", "numba", *sys.stdlib_module_names}
-
-
-def module_name(path):
-    parts = path.relative_to(PACKAGE).with_suffix("").parts
-    return ".".join(p for p in parts if p != "__init__") or "__init__"
-
-
-MODULES = {module_name(p): p for p in sorted(PACKAGE.rglob("*.py"))}
-# One line for all of the folder, and one for what they share: none of them knows another.
-SHARED = {name: RANK["interop._need"] for name in MODULES if name.startswith("interop._")}
-RANK = {name: RANK["interop"] for name in MODULES if name.startswith("interop.")} | RANK | SHARED
-
-
-def imports(source, folder=()):
-    """(module of fastbn, or a foreign package) of every import that runs, lazy ones too."""
-    nodes = [ast.parse(source)]
-    for node in nodes:
-        if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
-            continue
-        nodes.extend(ast.iter_child_nodes(node))
-        if isinstance(node, ast.Import):
-            yield from (a.name.split(".")[0] for a in node.names)
-        elif isinstance(node, ast.ImportFrom) and not node.level:
-            yield node.module.split(".")[0]
-        elif isinstance(node, ast.ImportFrom):
-            base = [*folder[: len(folder) - node.level + 1], *(node.module or "").split(".")]
-            for a in node.names:
-                inner = ".".join(p for p in (*base, a.name) if p)
-                yield "fastbn." + (inner if inner in MODULES else ".".join(p for p in base if p) or "__init__")
 
 
 def misplaced(name, source, folder=()):
@@ -117,6 +57,16 @@ def f():
     assert misplaced("moments", source) == ["torch", "layer", "functional", "layer"]
     assert misplaced("kernels.grid", "from .._jit import kernel\nfrom ..layer import x", ("kernels",)) == ["layer"]
     assert misplaced("kernels.leaves", "from .forward import gather", ("kernels",)) == ["kernels.forward"]
+    assert misplaced("_layout", "kernels.forward.sums(x)\nself.kernels") == []
+    assert misplaced("kernels.lanes", "def f():\n    kernels.forward.sums(x)") == ["kernels.forward"]
+    assert misplaced("_jit", "importlib.import_module('._threads', __package__)") == ["_threads"]
+
+
+def test_the_picture_shows_the_imports():
+    spec = importlib.util.spec_from_file_location("house", PACKAGE.parent / "docs" / "house.py")
+    house = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(house)
+    assert house.PICTURE.read_text() == house.picture(), "drawn anew by: python docs/house.py"
 
 
 def test_importing_compiles_nothing_and_starts_no_thread():

@@ -67,6 +67,7 @@ html_static_path = ["_static"]
 html_css_files = ["fastbn.css"]
 html_copy_source = False
 html_show_sourcelink = False
+html_sidebars = {"contributing": [], "changelog": [], "citation": []}  # pages without a section to navigate in
 html_theme_options = {
     "navigation_with_keys": False,
     "show_prev_next": False,

@@ -1,6 +1,5 @@
 """The first page, the changelog and the citation: figures and versions are those of the README and of the package."""
 
-import ast
 import re
 import tomllib
 from pathlib import Path
@@ -55,10 +54,9 @@ def test_contributing_names_every_command_of_hatch():
     assert set(re.findall(r"`hatch run (\w+)`", page)) == set(scripts)
 
 
-def test_contributing_names_files_and_functions_that_exist():
+def test_contributing_names_files_that_exist():
     page = (DOCS / "contributing.md").read_text()
-    for path in re.findall(r"\b(?:docs|tests|asv_bench|fastbn)/[\w/]+\.\w+", page):
-        assert (ROOT / path).exists(), path
-    for file, name in re.findall(r"`(tests/\w+\.py)::(\w+)`", page):
-        found = {n.name for n in ast.walk(ast.parse((ROOT / file).read_text())) if isinstance(n, ast.FunctionDef)}
-        assert name in found, name
+    paths = re.findall(r"(?<![\w/])((?:docs|tests|asv_bench|fastbn)/[\w/.]*\.\w+)", page)
+    assert len(paths) > 10
+    for path in paths:
+        assert (ROOT / path).exists() or "NAME" in path, path

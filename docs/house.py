@@ -16,7 +16,7 @@ from modules import MODULES, RANK, graph  # the order and the reader of imports 
 
 PICTURE = Path(__file__).with_suffix(".svg")
 FOLDERS = ("interop", "kernels")
-LINE, GAP, LANE, NAMES, IDEAS, LETTERS = 17, 15, 12, 138, 398, 58  # pixels; letters in a line of an idea
+LINE, GAP, LANE, NAMES, IDEAS, LETTERS = 17, 15, 12, 138, 425, 64  # pixels; letters in a line of an idea
 STYLE = """
 svg { font: 12.5px system-ui, -apple-system, "Segoe UI", "Liberation Sans", Helvetica, Arial, sans-serif }
 text { fill: #24292f } .file { font: 600 12.5px ui-monospace, Menlo, "Liberation Mono", Consolas, monospace }

@@ -219,8 +219,19 @@ Of = tuple[Array, Any] | str
 """What the shape of a parameter comes from, for its error message: x and axis, or the words themselves."""
 
 
-def _origin(of: Of) -> str:
-    return of if isinstance(of, str) else f", the channels of x; x has shape {of[0].shape}, axis={shown(of[1])}"
+def _origin(of: Of, found: tuple[int, ...]) -> str:
+    if isinstance(of, str):
+        return of
+    x, axis = of
+    return f", the channels of x; x has shape {x.shape}, axis={shown(axis)}{_elsewhere(x.shape, found)}"
+
+
+def _elsewhere(shape: tuple[int, ...], found: tuple[int, ...]) -> str:
+    """Where x has as many channels as were found: the wrong `axis` is the usual cause, NHWC images above all."""
+    if len(found) != 1 or found[0] not in shape:
+        return ""
+    a = -1 if shape[-1] == found[0] else shape.index(found[0])
+    return f"; with axis={a} they are {found}"
 
 
 def parameter(fn: str, name: str, value: Any, shape: tuple[int, ...], of: Of = "") -> Array:
@@ -232,7 +243,7 @@ def parameter(fn: str, name: str, value: Any, shape: tuple[int, ...], of: Of = "
 
 def _shape(fn: str, name: str, found: tuple[int, ...], shape: tuple[int, ...], of: Of, *other: tuple[int, ...]) -> None:
     if found not in (shape, (), *other):
-        raise ValueError(f"{fn}: {name} has shape {found}, expected {shape}{_origin(of)}")
+        raise ValueError(f"{fn}: {name} has shape {found}, expected {shape}{_origin(of, found)}")
 
 
 def variance(fn: str, name: str, value: Any, shape: tuple[int, ...], of: Of = "") -> Array:
@@ -267,8 +278,8 @@ def more_than_one(fn: str, lay: Layout, x: Array, axis: Any) -> None:
     """Training needs two values per channel: of one, the variance is 0 and y is beta whatever x is."""
     if lay.per_channel == 1 and lay.size:
         raise ValueError(
-            f"{fn}: x has one value per channel, expected at least two in training; "
-            f"x has shape {x.shape}, axis={shown(axis)}"
+            f"{fn}: x has one value per channel, expected at least two in training (one is enough where the "
+            f"statistics are given: batch_norm, a layer's eval()); x has shape {x.shape}, axis={shown(axis)}"
         )
 
 
@@ -285,9 +296,12 @@ def out(
     if isinstance(value, np.ma.MaskedArray):
         raise TypeError(f"{fn}: out is a masked array, expected a plain array")
     if value.shape != shape:
-        raise ValueError(f"{fn}: out has shape {value.shape}, expected {shape}")
+        raise ValueError(f"{fn}: out has shape {value.shape}, expected {shape}, the shape of x")
     if value.dtype != expected:
-        raise TypeError(f"{fn}: out has dtype {value.dtype}, expected {expected}")
+        x = reads.get("x")
+        decides = "dy" not in reads and isinstance(x, np.ndarray) and not floating(x.dtype)
+        wanted = f"one of {', '.join(FLOATS)}" if decides else f"{expected}, the dtype of y"
+        raise TypeError(f"{fn}: out has dtype {value.dtype}, expected {wanted}")
     if not value.flags.writeable:
         raise ValueError(f"{fn}: out is read-only, expected a writable array")
     if _overlaps_itself(value):
@@ -379,7 +393,10 @@ def weights(fn: str, value: Any, shape: tuple[int, ...]) -> Array:
     except ValueError:
         fits = False
     if not fits:
-        raise ValueError(f"{fn}: where has shape {w.shape}, expected one that broadcasts to that of x, {shape}")
+        hint = ""
+        if w.shape == shape[: w.ndim]:  # weights of samples, of positions: NumPy broadcasts from the last axis
+            hint = f"; {w.shape + (1,) * (len(shape) - w.ndim)} does"
+        raise ValueError(f"{fn}: where has shape {w.shape}, expected one that broadcasts to that of x, {shape}{hint}")
     if w.dtype.kind == "b":
         return w
     with np.errstate(all="ignore"):  # whatever the caller's: NaN is refused, not warned of
@@ -462,6 +479,7 @@ def channels(fn: str, x: Array, axis: Any, shape: tuple[int, ...], name: str = "
     if found != shape:
         raise ValueError(
             f"{fn}: {name} has channels {found}, expected {shape}; it has shape {x.shape}, axis={shown(axis)}"
+            f"{_elsewhere(x.shape, shape)}"
         )
 
 
@@ -479,11 +497,11 @@ def keys(fn: str, state: Any, required: list[str], optional: list[str]) -> set[s
     missing = [k for k in required if k not in found]
     unknown = [k for k in found if k not in required and k not in optional]
     if missing or unknown:
-        more = [shown(k) for k in unknown[:5]]
-        raise ValueError(
-            f"{fn}: state lacks {', '.join(missing) or 'nothing'} and has {len(unknown)} unknown ({', '.join(more)}); "
-            f"expected {', '.join(required)}"
-        )
+        more = ", ".join(shown(k) for k in unknown[:5])
+        has = [f"no {', '.join(missing)}"] if missing else []
+        has += [f"unknown keys {more}" + (f" and {len(unknown) - 5} more" if len(unknown) > 5 else "")] if more else []
+        also = f", and as an option {', '.join(optional)}" if optional else ""
+        raise ValueError(f"{fn}: state has {', and '.join(has)}; expected {', '.join(required)}{also}")
     return set(found)
 
 
@@ -551,7 +569,7 @@ def count_or_weights(fn: str, name: str, value: Any, shape: tuple[int, ...], of:
     if value.dtype.kind == "b" or not _supported(value.dtype):
         raise TypeError(f"{fn}: {name} has dtype {value.dtype}, expected {expected}")
     if value.shape != shape:
-        raise ValueError(f"{fn}: {name} has shape {value.shape}, expected {shape}{_origin(of)}")
+        raise ValueError(f"{fn}: {name} has shape {value.shape}, expected {shape}{_origin(of, value.shape)}")
     with np.errstate(all="ignore"):
         weights = np.array(value, np.float64)
         bad = ~((weights >= 0) & (weights < np.inf))

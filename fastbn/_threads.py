@@ -251,7 +251,8 @@ def set_num_threads(n: int | None) -> None:
         except Exception:  # of a stranger's __index__
             raise TypeError(f"set_num_threads: n is of type {type(n).__name__}, expected an int or None") from None
         if n < 1:
-            raise ValueError("set_num_threads: n is zero or negative, expected at least 1")
+            what = n if n > -1_000_000 else "negative"  # of an int that is too long Python prints nothing
+            raise ValueError(f"set_num_threads: n is {what}, expected at least 1, or None for the default")
     _limit = n
 
 

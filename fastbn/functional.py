@@ -225,39 +225,7 @@ def batch_norm_backward(dy: npt.ArrayLike, saved: Saved, *, out: Array | None = 
     >>> bool(abs(dx.sum()) < 1e-15), dbeta
     (True, array([1.]))
     """
-    fn = "batch_norm_backward"
-    if not isinstance(saved, Saved):
-        raise TypeError(
-            f"{fn}: saved is of type {type(saved).__name__}, expected the Saved that batch_norm_train returned"
-        )
-    x, lay = saved.x, saved._layout
-    if _form(x) != saved._seen:  # NumPy lets shape and dtype be set
-        raise ValueError(f"{fn}: saved.x is {_form(x)}, expected {saved._seen} as in the forward: (shape, dtype)")
-    dtype = saved._dtypes[0]
-    dy = _check.like_x(fn, "dy", dy, x.shape)
-    w, bits = saved._weights, saved._bits
-    if out is not None:
-        reads = {"x": x, "dy": dy, "where": None if w is None else w.flat}
-        _check.out(fn, out, x.shape, dtype, ("dy",), reads)
-    if saved._overwritten:
-        _check.no_zero(fn, saved._state[2])
-    target = Target(x, dtype, lay, out)
-    residual = Target(x, dtype, lay, None) if saved._residual else None
-    grads = np.zeros((2, lay.channels))
-    if lay.size:
-        grid = lay.split if saved.frozen else lay.whole
-        kernel = kernels.backward.backward_runs if grid.runs else kernels.backward.backward_rows
-        given = target.source(dy, lay, convert=True)
-        run(
-            kernel, lay.size, given, source(x, lay), target.flat, saved._state, saved.eps, saved._divisor, grads,
-            not saved.frozen or None, *grid.kind, saved._overwritten, grid.sizes,
-            None if residual is None else residual.flat, bits,
-            None if w is None else w.flat, None if w is None else w.step,
-        )  # fmt: skip
-    with np.errstate(all="ignore"):  # dx is written: a sum beyond float32 is infinite, as it is there
-        dgamma, dbeta = (g.reshape(lay.channel_shape).astype(d) for g, d in zip(grads, saved._dtypes[1:], strict=True))
-    dx = target.finish()
-    return (dx, dgamma, dbeta) if residual is None else (dx, dgamma, dbeta, residual.finish())
+    return gradients("batch_norm_backward", dy, saved, out)
 
 
 class Saved:
@@ -411,10 +379,12 @@ def _parameters(fn: str, gamma: Any, beta: Any, lay: Layout, of: _check.Of) -> t
     )
 
 
-def _statistics(fn: str, mean: Any, var: Any, lay: Layout, of: _check.Of) -> tuple[Array, Array]:
+def _statistics(
+    fn: str, mean: Any, var: Any, lay: Layout, of: _check.Of, names: tuple[str, str]
+) -> tuple[Array, Array]:
     return (
-        _check.parameter(fn, "mean", mean, lay.channel_shape, of),
-        _check.variance(fn, "var", var, lay.channel_shape, of),
+        _check.parameter(fn, names[0], mean, lay.channel_shape, of),
+        _check.variance(fn, names[1], var, lay.channel_shape, of),
     )
 
 
@@ -474,7 +444,7 @@ def trained(
     single: bool = False,
     fn: str = "batch_norm_train",
 ) -> tuple[Array, Saved]:
-    """`batch_norm_train`, in the name of `fn`; with `single` also of one value per channel, whose variance is 0."""
+    """`batch_norm_train`; with `single` also of one value per channel, whose variance is 0. Errors name `fn`."""
     x = _check.array(fn, "x", x)
     axes = _check.axes(fn, axis, x.shape)
     lay = layout_of(x, axes)
@@ -512,26 +482,65 @@ def trained(
     return y, saved
 
 
+def gradients(fn: str, dy: npt.ArrayLike, saved: Saved, out: Array | None) -> tuple[Array, ...]:
+    """`batch_norm_backward`; errors name `fn`."""
+    if not isinstance(saved, Saved):
+        raise TypeError(
+            f"{fn}: saved is of type {type(saved).__name__}, expected the Saved that batch_norm_train returns beside y"
+        )
+    x, lay = saved.x, saved._layout
+    if _form(x) != saved._seen:  # NumPy lets shape and dtype be set
+        (shape, kind), (shape_then, kind_then) = _form(x), saved._seen
+        raise ValueError(
+            f"{fn}: saved.x has shape {shape} and dtype {kind}, expected {shape_then} and {kind_then} as in the forward"
+        )
+    dtype = saved._dtypes[0]
+    dy = _check.like_x(fn, "dy", dy, x.shape)
+    w, bits = saved._weights, saved._bits
+    if out is not None:
+        reads = {"x": x, "dy": dy, "where": None if w is None else w.flat}
+        _check.out(fn, out, x.shape, dtype, ("dy",), reads)
+    if saved._overwritten:
+        _check.no_zero(fn, saved._state[2])
+    target = Target(x, dtype, lay, out)
+    residual = Target(x, dtype, lay, None) if saved._residual else None
+    grads = np.zeros((2, lay.channels))
+    if lay.size:
+        grid = lay.split if saved.frozen else lay.whole
+        kernel = kernels.backward.backward_runs if grid.runs else kernels.backward.backward_rows
+        given = target.source(dy, lay, convert=True)
+        run(
+            kernel, lay.size, given, source(x, lay), target.flat, saved._state, saved.eps, saved._divisor, grads,
+            not saved.frozen or None, *grid.kind, saved._overwritten, grid.sizes,
+            None if residual is None else residual.flat, bits,
+            None if w is None else w.flat, None if w is None else w.step,
+        )  # fmt: skip
+    with np.errstate(all="ignore"):  # dx is written: a sum beyond float32 is infinite, as it is there
+        dgamma, dbeta = (g.reshape(lay.channel_shape).astype(d) for g, d in zip(grads, saved._dtypes[1:], strict=True))
+    dx = target.finish()
+    return (dx, dgamma, dbeta) if residual is None else (dx, dgamma, dbeta, residual.finish())
+
+
 def frozen(
     fn: str, x: Any, mean: Any, var: Any, gamma: Any, beta: Any, *, axis: Any, eps: Any, residual: Any = None,
-    activation: Any = None, out: Any = None, keep: bool, write: bool = True,
+    activation: Any = None, out: Any = None, keep: bool, write: bool = True, names: tuple[str, str] = ("mean", "var"),
 ) -> tuple[Array, Saved | None]:  # fmt: skip
     """y with given statistics, and what the backward needs if it is to `keep` that. Not to `write` y: it is nonsense.
 
-    Parameters and errors are those of `batch_norm`, in the name of `fn`.
+    Parameters and errors are those of `batch_norm`, in the name of `fn`, where the statistics have these `names`.
     """
     x = _check.array(fn, "x", x)
     axes = _check.axes(fn, axis, x.shape)
     lay = layout_of(x, axes)
     eps = _check.eps(fn, eps)
-    mean, var = _statistics(fn, mean, var, lay, (x, axis))
+    mean, var = _statistics(fn, mean, var, lay, (x, axis), names)
     gamma, beta = _parameters(fn, gamma, beta, lay, (x, axis))
     state = _state(lay, gamma, beta, mean, var)
     dtype = _check.result_dtype(x, out)
     relu = _check.activation(fn, activation)
     z = None if residual is None else _check.like_x(fn, "residual", residual, x.shape)
     if out is not None:
-        reads = {"x": x, "mean": mean, "var": var, "gamma": gamma, "beta": beta, "residual": z}
+        reads = {"x": x, names[0]: mean, names[1]: var, "gamma": gamma, "beta": beta, "residual": z}
         _check.out(fn, out, x.shape, dtype, ("x", "residual"), reads)
     bits = np.empty(lay.split.words, np.uint16) if relu and keep else None
     y = _inference(x, axes, lay, state, eps, z, (relu or None) if bits is None else bits, dtype, out) if write else x

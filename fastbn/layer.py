@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from . import _check
 from .conventions import CONVENTIONS
-from .functional import Saved, batch_norm_backward, frozen, trained
+from .functional import Saved, frozen, gradients, trained
 from .moments import Moments, both_moved, one_batch, pooled, seen, to_go_on_from
 
 Array = npt.NDArray[Any]
@@ -224,7 +224,8 @@ class BatchNorm:
                     _check.apart(fn, "out", out, "running_var", var)
             y, saved = trained(
                 x, self.gamma, self.beta, axis=self.axis, eps=self.eps, where=where, residual=residual,
-                activation=self.activation, out=out, single=self._like is not None and CONVENTIONS[self._like].single,
+                activation=self.activation, out=out, fn=fn,
+                single=self._like is not None and CONVENTIONS[self._like].single,
             )  # fmt: skip
             kept = saved if save else None
             if tracks and seen(saved.count):
@@ -241,8 +242,8 @@ class BatchNorm:
         if where is not None:
             _check.weights(fn, where, x.shape)
         y, self._saved = frozen(
-            "batch_norm", x, mean, var, self.gamma, self.beta, axis=self.axis, eps=self.eps, residual=residual,
-            activation=self.activation, out=out, keep=save,
+            fn, x, mean, var, self.gamma, self.beta, axis=self.axis, eps=self.eps, residual=residual,
+            activation=self.activation, out=out, keep=save, names=self._names[2:],
         )  # fmt: skip
         return y
 
@@ -273,7 +274,7 @@ class BatchNorm:
                 "BatchNorm.backward: there is no forward to go back through; expected a call in training, or one with "
                 "save=True in evaluation, before it"
             )
-        dx, dgamma, dbeta, *more = batch_norm_backward(dy, self._saved, out=out)
+        dx, dgamma, dbeta, *more = gradients("BatchNorm.backward", dy, self._saved, out)
         self.dgamma = dgamma if self.gamma is not None else None
         self.dbeta = dbeta if self.beta is not None else None
         self.dresidual = more[0] if more else None

@@ -555,7 +555,7 @@ CALLS = {
         },
     ),
     "training": (
-        "BatchNorm|batch_norm_train",
+        "BatchNorm",
         lambda w: (w.bn, given(w, "x", "out")),
         {
             "x": [*XS, *ONE_EACH, *OTHER_CHANNELS], "residual": RESIDUALS, "where": MASKS, "save": FLAGS,
@@ -563,7 +563,7 @@ CALLS = {
         },
     ),
     "training with ReLU": (
-        "BatchNorm|batch_norm_train",
+        "BatchNorm",
         lambda w: (w.rectified, given(w, "x", "residual", "where", "out")),
         {
             "x": ONE_EACH, "residual": RESIDUALS[::5], "where": MASKS[::5],
@@ -571,7 +571,7 @@ CALLS = {
         },
     ),
     "training with a pool": (
-        "BatchNorm|batch_norm_train",
+        "BatchNorm",
         lambda w: (w.pooled, given(w, "x", "out")),
         {
             "x": [*ONE_EACH, *OTHER_CHANNELS], "residual": RESIDUALS[::5], "where": MASKS[-9:], "save": FLAGS[:3],
@@ -579,14 +579,14 @@ CALLS = {
         },
     ),
     "evaluation": (
-        "BatchNorm|batch_norm",
+        "BatchNorm",
         lambda w: (w.bn.eval(), given(w, "x", "out")),
         {
             "x": [*XS, *OTHER_CHANNELS], "residual": RESIDUALS, "where": MASKS, "save": FLAGS, "out": outs("x"),
         },
     ),
     "backward": (
-        "BatchNorm.backward|batch_norm_backward",
+        "BatchNorm.backward",
         lambda w: (w.bn.backward, given(w, "dy", "out")),
         {"dy": DYS, "out": [*outs("dy"), ("x", V, lambda w: w.z)]},
     ),
@@ -623,7 +623,7 @@ CALLS = {
         {"running_count": WEIGHTS, "running_m2": VARS},
     ),
     "a spoiled layer in training": (
-        "BatchNorm|batch_norm_train",
+        "BatchNorm",
         lambda w: (spoiled(w, lambda: w.bn(w.x, out=w.out)), {}),
         {
             **PARAMETERS, **OPTIONS, "momentum": MOMENTUM, "correction": CORRECTION, "activation": ACTIVATIONS,
@@ -631,7 +631,7 @@ CALLS = {
         },
     ),
     "a spoiled layer in evaluation": (
-        "BatchNorm|batch_norm",
+        "BatchNorm",
         lambda w: (w.bn.eval(), (spoiled(w, lambda: w.bn(w.x, out=w.out)), {}))[1],
         {
             **PARAMETERS, **OPTIONS, "activation": ACTIVATIONS, "running_mean": parameters(),

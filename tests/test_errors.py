@@ -111,7 +111,7 @@ def test_what_a_forward_saved_cannot_be_exchanged():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # NumPy deprecates it
         a.shape = (2, 6, 5)
-    with pytest.raises(ValueError, match=r"^batch_norm_backward: saved.x is .*\(2, 6, 5\).*, expected .*\(4, 3, 5\)"):
+    with pytest.raises(ValueError, match=r"^batch_norm_backward: saved.x has .*\(2, 6, 5\).*, expected .*\(4, 3, 5\)"):
         fastbn.batch_norm_backward(np.ones((2, 6, 5)), saved)
 
 

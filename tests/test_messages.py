@@ -41,6 +41,19 @@ def layer(**options):
     return BatchNorm(3, **options)
 
 
+def spoiled(**arrays):
+    bn = layer()
+    for name, values in arrays.items():
+        getattr(bn, name)[:] = values
+    return bn
+
+
+def called():
+    bn = layer()
+    bn(x())
+    return bn
+
+
 def state(**changes):
     return layer().state_dict() | changes
 
@@ -98,6 +111,12 @@ MESSAGES = [
      "batch_norm_train: beta has shape (2,), expected (5,), the channels of x; x has shape (4, 3, 5), axis=-1"),
     (lambda: batch_norm(x(), np.ones(2), 1),
      "batch_norm: mean has shape (2,), expected (3,), the channels of x; x has shape (4, 3, 5), axis=1"),
+    (lambda: batch_norm(x(), np.ones(5), 1),
+     "batch_norm: mean has shape (5,), expected (3,), the channels of x; x has shape (4, 3, 5), axis=1; with axis=-1 "
+     "they are (5,)"),
+    (lambda: batch_norm_train(x(), None, np.ones(4), axis=-1),
+     "batch_norm_train: beta has shape (4,), expected (5,), the channels of x; x has shape (4, 3, 5), axis=-1; with "
+     "axis=0 they are (4,)"),
     (lambda: Saved.fixed(x(), 0, np.ones(2), axis=(1,)),
      "Saved.fixed: var has shape (2,), expected (3,), the channels of x; x has shape (4, 3, 5), axis=(1,)"),
     (lambda: batch_norm(x(), 0, [0, 2, -3]), "batch_norm: var is -3 at (2,), expected no negative value"),
@@ -110,14 +129,16 @@ MESSAGES = [
      "batch_norm_backward: x was overwritten (batch_norm_train with out=x) and gamma is 0 in channel 1, so x cannot be "
      "recovered from y; expected gamma without zeros"),
     (lambda: batch_norm_train(np.ones((1, 3)), axis=(-1,)),
-     "batch_norm_train: x has one value per channel, expected at least two in training; x has shape (1, 3), "
-     "axis=(-1,)"),
+     "batch_norm_train: x has one value per channel, expected at least two in training (one is enough where the "
+     "statistics are given: batch_norm, a layer's eval()); x has shape (1, 3), axis=(-1,)"),
     # out
     (lambda: batch_norm(x(), 0, 1, out=[1]), "batch_norm: out is of type list, expected a NumPy array"),
     (lambda: batch_norm(x(), 0, 1, out=np.ma.ones(3)), "batch_norm: out is a masked array, expected a plain array"),
-    (lambda: batch_norm_train(x(), out=np.ones(3)), "batch_norm_train: out has shape (3,), expected (4, 3, 5)"),
+    (lambda: batch_norm_train(x(), out=np.ones(3)), "batch_norm_train: out has shape (3,), expected (4, 3, 5), the shape of x"),
+    (lambda: batch_norm_backward(x(), saved(x=x().astype("uint8")), out=x().astype("int32")),
+     "batch_norm_backward: out has dtype int32, expected float32, the dtype of y"),
     (lambda: batch_norm_train(x(), out=np.ones((4, 3, 5))),
-     "batch_norm_train: out has dtype float64, expected float32"),
+     "batch_norm_train: out has dtype float64, expected float32, the dtype of y"),
     (lambda: batch_norm_train(x(), out=read_only(x())),
      "batch_norm_train: out is read-only, expected a writable array"),
     (lambda: batch_norm_backward(x(), saved(), out=np.lib.stride_tricks.as_strided(x(), (4, 3, 5), (0, 20, 4))),
@@ -137,12 +158,12 @@ MESSAGES = [
     (lambda: batch_norm_backward(x(), saved(x=A), out=A),
      "batch_norm_backward: out shares memory with x; expected no overlap"),
     (lambda: batch_norm_train(x(), out=x().astype("float16")),
-     "batch_norm_train: out has dtype float16, expected float32"),
-    (lambda: batch_norm(x().astype("bfloat16"), 0, 1, out=x()), "batch_norm: out has dtype float32, expected bfloat16"),
+     "batch_norm_train: out has dtype float16, expected float32, the dtype of y"),
+    (lambda: batch_norm(x().astype("bfloat16"), 0, 1, out=x()), "batch_norm: out has dtype float32, expected bfloat16, the dtype of y"),
     (lambda: batch_norm(x().astype("uint8"), 0, 1, out=x().astype("int32")),
-     "batch_norm: out has dtype int32, expected float32"),
+     "batch_norm: out has dtype int32, expected one of float16, bfloat16, float32, float64"),
     (lambda: batch_norm_backward(x(), saved(x=x().astype("float16")), out=x()),
-     "batch_norm_backward: out has dtype float32, expected float16"),
+     "batch_norm_backward: out has dtype float32, expected float16, the dtype of y"),
     # residual, activation, weights
     (lambda: batch_norm_train(x(), residual=1j), f"batch_norm_train: residual has dtype complex128, {NUMBERS}"),
     (lambda: batch_norm(x(), 0, 1, residual=x().astype("uint8")),
@@ -155,11 +176,14 @@ MESSAGES = [
      "batch_norm_train: activation is of type ufunc, expected None or 'relu'"),
     (lambda: moments(x(), where="all"), f"moments: where has dtype <U3, {NUMBERS}"),
     (lambda: batch_norm_train(x(), where=np.ones((4, 3))),
-     "batch_norm_train: where has shape (4, 3), expected one that broadcasts to that of x, (4, 3, 5)"),
+     "batch_norm_train: where has shape (4, 3), expected one that broadcasts to that of x, (4, 3, 5); (4, 3, 1) does"),
+    (lambda: moments(x(), where=np.ones(4)),
+     "moments: where has shape (4,), expected one that broadcasts to that of x, (4, 3, 5); (4, 1, 1) does"),
+    (lambda: moments(x(), where=np.ones(2)),
+     "moments: where has shape (2,), expected one that broadcasts to that of x, (4, 3, 5)"),
     (lambda: moments(x(), where=np.ones((1, 4, 3, 5))),
      "moments: where has shape (1, 4, 3, 5), expected one that broadcasts to that of x, (4, 3, 5)"),
-    (lambda: layer()(x(), where=[[1], [0], [-2]]), "batch_norm_train: where is -2.0 at (2, 0), expected finite weights "
-     "of at least 0"),
+    (lambda: layer()(x(), where=[[1], [0], [-2]]), "BatchNorm: where is -2.0 at (2, 0), expected finite weights of at least 0"),
     (lambda: layer().eval()(x(), where=-2), "BatchNorm: where is -2.0, expected finite weights of at least 0"),
     (lambda: moments(x(), where=np.array([0, 1, 0, np.inf, np.nan], "float16")),
      "moments: where is inf at (3,), expected finite weights of at least 0"),
@@ -179,7 +203,7 @@ MESSAGES = [
      "batch_norm_backward: out shares memory with where; expected no overlap"),
     # gradients
     (lambda: batch_norm_backward(x(), None),
-     "batch_norm_backward: saved is of type NoneType, expected the Saved that batch_norm_train returned"),
+     "batch_norm_backward: saved is of type NoneType, expected the Saved that batch_norm_train returns beside y"),
     (lambda: batch_norm_backward(np.ones((4, 3, 5), "int8"), saved()),
      "batch_norm_backward: dy has dtype int8, expected one of float16, bfloat16, float32, float64"),
     (lambda: batch_norm_backward(np.ones((4, 3)), saved()),
@@ -230,7 +254,16 @@ MESSAGES = [
     (lambda: layer(dtype="no"), "BatchNorm: dtype is 'no', expected float32 or float64"),
     (lambda: layer(dtype="int8"), "BatchNorm: dtype is 'int8', expected float32 or float64"),
     (lambda: layer()(np.ones((4, 2, 3))),
-     "BatchNorm: x has channels (2,), expected (3,); it has shape (4, 2, 3), axis=1"),
+     "BatchNorm: x has channels (2,), expected (3,); it has shape (4, 2, 3), axis=1; with axis=-1 they are (3,)"),
+    (lambda: layer()(np.ones((3, 2, 4)), residual=1.0),
+     "BatchNorm: x has channels (2,), expected (3,); it has shape (3, 2, 4), axis=1; with axis=0 they are (3,)"),
+    (lambda: layer()(np.ones((1, 3))),
+     "BatchNorm: x has one value per channel, expected at least two in training (one is enough where the statistics "
+     "are given: batch_norm, a layer's eval()); x has shape (1, 3), axis=1"),
+    (lambda: spoiled(running_var=[1, -1, 1]).eval()(A), "BatchNorm: running_var is -1.0 at (1,), expected no negative "
+     "value"),
+    (lambda: called().backward(np.ones((4, 3))),
+     "BatchNorm.backward: dy has shape (4, 3), expected (4, 3, 5), the shape of x"),
     (lambda: layer().backward(A),
      "BatchNorm.backward: there is no forward to go back through; expected a call in training, or one with save=True "
      "in evaluation, before it"),
@@ -285,8 +318,13 @@ MESSAGES = [
     (lambda: layer().load_state_dict(3),
      "BatchNorm.load_state_dict: state is of type int, expected a mapping like state_dict()'s"),
     (lambda: layer().load_state_dict({"gamma": 1, "other": 2}),
-     "BatchNorm.load_state_dict: state lacks beta, running_mean, running_var, num_batches_tracked and has "
-     "1 unknown ('other'); expected gamma, beta, running_mean, running_var, num_batches_tracked"),
+     "BatchNorm.load_state_dict: state has no beta, running_mean, running_var, num_batches_tracked, and unknown keys "
+     "'other'; expected gamma, beta, running_mean, running_var, num_batches_tracked, and as an option running_count, "
+     "running_m2"),
+    (lambda: layer(track_running_stats=False).load_state_dict({"gamma": 1}),
+     "BatchNorm.load_state_dict: state has no beta; expected gamma, beta"),
+    (lambda: layer(track_running_stats=False).load_state_dict(dict.fromkeys(["gamma", "beta", *"abcdefg"], 1)),
+     "BatchNorm.load_state_dict: state has unknown keys 'a', 'b', 'c', 'd', 'e' and 2 more; expected gamma, beta"),
     (lambda: layer().load_state_dict(state(gamma=np.ones(2))),
      "BatchNorm.load_state_dict: gamma has shape (2,), expected (3,), the layer's channels"),
     (lambda: layer().load_state_dict(state(running_var=[1, 1, -1])),
@@ -325,7 +363,9 @@ MESSAGES = [
     # the process
     (lambda: fastbn.set_num_threads(1.5), "set_num_threads: n is of type float, expected an int or None"),
     (lambda: fastbn.set_num_threads(True), "set_num_threads: n is of type bool, expected an int or None"),
-    (lambda: fastbn.set_num_threads(0), "set_num_threads: n is zero or negative, expected at least 1"),
+    (lambda: fastbn.set_num_threads(0), "set_num_threads: n is 0, expected at least 1, or None for the default"),
+    (lambda: fastbn.set_num_threads(-(10**5000)),
+     "set_num_threads: n is negative, expected at least 1, or None for the default"),
     (lambda: fastbn.set_pool_limit("a"), "set_pool_limit: nbytes is 'a', expected an int"),
     (lambda: fastbn.set_pool_limit(-1), "set_pool_limit: nbytes is -1, expected 0 to 9223372036854775807"),
 ]  # fmt: skip

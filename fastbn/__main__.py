@@ -36,8 +36,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     ahead.add_argument("--dtypes", nargs="+", default=["float32"], help="default: float32")
     ahead.add_argument("--axes", nargs="+", type=int, default=[1, -1], help="channel axes, default: 1 -1")
     options = parser.parse_args(arguments)
-    if options.rounds < 1:
-        parser.error("--rounds must be at least 1")
+    for name in ("rounds", "threads"):
+        if getattr(options, name) is not None and getattr(options, name) < 1:
+            parser.error(f"--{name} is {getattr(options, name)}, expected at least 1")
     if options.plot and (problem := _plot.unable(options.plot)):
         parser.error(f"--plot {options.plot}: {problem}")
     start = time.perf_counter()

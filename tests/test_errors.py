@@ -72,13 +72,21 @@ def test_an_out_over_a_parameter_is_refused(rng, name):
     assert (out == 1).all()
 
 
-@pytest.mark.parametrize("arguments", [["warmup", "--dtypes", "foo"], ["warmup", "--axes", "9"], ["--threads", "0"]])
-def test_the_command_line_refuses_without_a_traceback(capsys, arguments):
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["warmup", "--dtypes", "foo"], "warmup: dtypes has 'foo', expected float16, "),
+        (["warmup", "--axes", "9"], "warmup: axes has 9, expected -4 to 3\n"),
+        (["--threads", "0"], "--threads is 0, expected at least 1\n"),
+        (["--rounds", "-1"], "--rounds is -1, expected at least 1\n"),
+    ],
+)
+def test_the_command_line_refuses_without_a_traceback(capsys, arguments, message):
     from fastbn.__main__ import main
 
     with pytest.raises(SystemExit, match="2"):
         main(arguments)
-    assert "error: " in capsys.readouterr().err
+    assert f"error: {message}" in capsys.readouterr().err
 
 
 def test_an_overlap_that_is_too_hard_to_decide_counts_as_one(monkeypatch):

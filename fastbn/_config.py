@@ -18,11 +18,11 @@ def warmup(dtypes: Any = ("float32",), axes: Any = (1, -1), *, progress: bool = 
 
     Parameters
     ----------
-    dtypes : dtype or list of dtypes
+    dtypes : dtype or list of dtypes, default ("float32",)
         Of the arrays to come.
-    axes : int or list of ints
+    axes : int or list of ints, default (1, -1)
         The channel axes of 4-d arrays to come: 1 is NCHW, -1 is NHWC.
-    progress : bool
+    progress : bool, default False
         Say on stderr what is being compiled.
 
     Raises
@@ -30,11 +30,25 @@ def warmup(dtypes: Any = ("float32",), axes: Any = (1, -1), *, progress: bool = 
     TypeError, ValueError
         For a dtype or an axis that the verbs refuse. Nothing has been compiled then.
 
+    See Also
+    --------
+    show_config : Prints the cache folder.
+
     Notes
     -----
-    Half a minute without a disk cache, about a second with it. A residual, an activation, `where`, integers and an
-    `out` in another memory order are kernels of their own, compiled by the first call that has them. It starts Numba's
-    threads: under GNU OpenMP, processes forked later run serial.
+    Half a minute for each dtype without a disk cache, a second with it. It serves arrays of any rank: (N, D) runs the
+    code of NHWC. What a `residual`, an `activation`, `where`, integers or an `out` in another memory order add is
+    compiled at the first call that has it: make one of yours, too.
+
+    It starts Numba's threads: under GNU OpenMP, processes forked later run serial. ``python -m fastbn warmup`` does the
+    same from a shell, for the image of a container, say.
+
+    Examples
+    --------
+    Before the first request of a server, for float32 images in NHWC:
+
+    >>> import fastbn
+    >>> fastbn.warmup("float32", axes=-1)  # doctest: +SKIP
     """
     fn = "warmup"
     given = dtypes if isinstance(dtypes, (list, tuple, set)) else [dtypes]
@@ -59,7 +73,26 @@ def warmup(dtypes: Any = ("float32",), axes: Any = (1, -1), *, progress: bool = 
 
 
 def show_config() -> None:
-    """Print versions, CPU, threads, threading layer and cache folder: what a report of a problem should contain."""
+    """Print versions, CPU, threads, threading layer and cache folder: what a report of a problem should contain.
+
+    See Also
+    --------
+    set_num_threads, set_pool_limit, warmup : What changes them.
+
+    Examples
+    --------
+    >>> import fastbn
+    >>> fastbn.show_config()  # doctest: +ELLIPSIS
+    fastbn:          ...
+    numba:           ...
+    numpy:           ...
+    python:          ...
+    cpu:             ...
+    threads:         ... of ...; one below 65,536 elements
+    threading layer: ...
+    tbb:             ...
+    cache folder:    ...
+    """
     print("\n".join(f"{name + ':':<17}{value}" for name, value in config().items()))
 
 

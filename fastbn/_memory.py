@@ -79,19 +79,23 @@ def _lease(size: int) -> Array:
 def set_pool_limit(nbytes: int) -> None:
     """Bound the memory that idle output buffers may keep; 0 turns their recycling off.
 
-    Outputs of 4 MiB and more (y and dx, where no `out=` is given) lie in buffers that are used again when the array and
-    all views of it are gone; a fresh 100 MB array costs more in page faults than the whole computation. Buffers in use
-    do not count.
+    Outputs of 4 MiB and more (y, dx and dresidual, where no `out=` is given) lie in buffers that are used again when
+    the array and all views of it are gone; a fresh 100 MB array costs more in page faults than the whole computation.
+    Buffers in use do not count. What is idle beyond the new limit goes back to the system at once, the oldest first.
 
     Parameters
     ----------
     nbytes : int
-        512 MiB at first, or the environment variable ``FASTBN_POOL_LIMIT``.
+        Bytes, 0 or more. At first 512 MiB, or the environment variable ``FASTBN_POOL_LIMIT``.
 
     Raises
     ------
     TypeError, ValueError
         If nbytes is not an int, or negative.
+
+    See Also
+    --------
+    empty_pool : Returns the idle buffers once, and leaves the limit.
 
     Examples
     --------
@@ -104,7 +108,19 @@ def set_pool_limit(nbytes: int) -> None:
 
 
 def empty_pool() -> None:
-    """Return the memory of all idle output buffers to the system."""
+    """Return the memory of all idle output buffers to the system.
+
+    Arrays in use are not touched, and later outputs are recycled again.
+
+    See Also
+    --------
+    set_pool_limit : Which outputs are recycled, and how much may stay.
+
+    Examples
+    --------
+    >>> import fastbn
+    >>> fastbn.empty_pool()
+    """
     _trim(0)
 
 

@@ -208,8 +208,13 @@ def get_num_threads() -> int:
     -------
     int
         What `set_num_threads` set, else Numba's count: the CPUs this process may run on, or ``NUMBA_NUM_THREADS``,
-        and no more than the CPU quota of its cgroups (Linux). 1 in a forked child that must stay serial, and where no
-        threading layer can be started. Calls on fewer than 65,536 elements always use one.
+        and, unless that is set, no more than the CPU quota of its cgroups (Linux). 1 in a forked child that must stay
+        serial, and where no threading layer can be started. Calls on fewer than 65,536 elements always use one.
+
+    See Also
+    --------
+    set_num_threads : Sets it.
+    show_config : Prints it, with the threading layer.
 
     Examples
     --------
@@ -241,6 +246,16 @@ def set_num_threads(n: int | None) -> None:
         If n is not an integer.
     ValueError
         If n is below 1.
+
+    See Also
+    --------
+    get_num_threads : What is in force, and the default.
+
+    Examples
+    --------
+    >>> import fastbn
+    >>> fastbn.set_num_threads(2)
+    >>> fastbn.set_num_threads(None)
     """
     global _limit
     if n is not None:

@@ -42,13 +42,13 @@ def fold_conv(
     bn : BatchNorm
         The layer behind it, with running statistics, which are used whatever its mode is. An activation or a residual
         is not folded: it stays to be applied.
-    layout : str
+    layout : str, default "OIHW"
         The axes of a plain convolution's weight. "OIHW", as in PyTorch and ONNX: (C, inputs / groups, H, W); "HWIO", as
         in Keras, TensorFlow and JAX: (H, W, inputs / groups, C). With one or three spatial axes "OIW", "WIO", "OIDHW",
         "DHWIO".
-    groups : int
+    groups : int, default 1
         Of the convolution, which divides C.
-    transposed : bool
+    transposed : bool, default False
         Whether it is a transposed one, whose weight has **O and I swapped, under the same name**, as the systems
         above have it: "OIHW" stands for (inputs, C / groups, H, W), "HWIO" for (H, W, C / groups, inputs). "IOHW" and
         "HWOI" say so themselves, and mean the same. Leave it out if the weight of a transposed convolution has its axes
@@ -67,10 +67,16 @@ def fold_conv(
     TypeError
         A weight that is not floating, a bias that is not numeric, a `bn` that is no BatchNorm.
 
+    See Also
+    --------
+    fold_linear : The same for a linear layer.
+    BatchNorm.fold : Scale and shift alone.
+
     Notes
     -----
-    With ``scale = gamma / sqrt(running_var + eps)`` of its channel each weight becomes ``weight * scale``, and the bias
-    ``(bias - running_mean) * scale + beta``. Of a channel whose running_var and eps are both 0, the scale is 0.
+    The arguments are read only. With ``scale = gamma / sqrt(running_var + eps)`` of its channel each weight becomes
+    ``weight * scale``, and the bias ``(bias - running_mean) * scale + beta``. Of a channel whose running_var and eps
+    are both 0, the scale is 0.
 
     **No result is subnormal**: where one would be below the smallest normal number of its dtype, it is 0. Channels that
     training has switched off, with weights or a gamma near 1e-40, else make every product with them many times slower
@@ -110,7 +116,7 @@ def fold_linear(
         Of the linear layer; None: it has none.
     bn : BatchNorm
         The layer behind it; see `fold_conv`.
-    layout : "OI" or "IO"
+    layout : "OI" or "IO", default "OI"
         "OI", as in PyTorch, where y = x @ weight.T: (C, inputs); "IO", as in Keras and JAX, where y = x @ weight.
 
     Returns
@@ -122,6 +128,11 @@ def fold_linear(
     ------
     ValueError, TypeError
         As from `fold_conv`.
+
+    See Also
+    --------
+    fold_conv : The same for a convolution.
+    BatchNorm.fold : Scale and shift alone.
 
     Examples
     --------

@@ -36,25 +36,27 @@ def batch_norm(
     Parameters
     ----------
     x : (N, C, ...) array
-        float16, bfloat16 (of the package ml_dtypes), float32, float64, integers or booleans; any rank and memory
-        layout. Read only.
+        Of dtype float16, bfloat16 (of the package ml_dtypes), float32, float64, any integer or bool; of any rank and
+        memory layout. Read only.
     mean, var : (C,) array
-        Population (running) statistics; a scalar stands for all channels.
+        Population (running) statistics, of any of these dtypes; a scalar stands for all channels. They are computed
+        with in float64.
     gamma, beta : (C,) array, optional
-        Scale and shift; 1 and 0 when omitted.
-    axis : int or tuple of ints
-        The **channel** axis of x (Chainer's `axis` is the opposite). A tuple: statistics for each cell of these axes,
-        of shape ``tuple(x.shape[a] for a in sorted(axis))``. ``()``: one statistic, of shape ``()``, for all of x.
-        NCHW is 1, NHWC is -1.
-    eps : float
-        Added to var. Where var + eps is 0, y is beta.
+        Scale and shift, as `mean`; 1 and 0 when omitted.
+    axis : int or tuple of ints, default 1
+        The **channel** axis of x, along which C lies: 1 for NCHW and (N, D), -1 for NHWC. (Chainer's `axis` is the
+        opposite: the axes that are reduced.) A tuple: statistics for each cell of these axes; where this page says
+        (C,), their shape is then ``tuple(x.shape[a] for a in sorted(axis))``, with negative axes counted from the end.
+        ``()``: one statistic, of shape ``()``, for all of x.
+    eps : float, default 1e-5
+        Added to var; finite, 0 or more. Where var + eps is 0, y is beta.
     residual : array of x's shape, optional
-        Added before the activation. Converted to the dtype of y, and to the memory order of x.
+        Floating. Added before the activation. Converted to the dtype of y, and to the memory order of x.
     activation : "relu", optional
-        max(0, .), and NaN where that is NaN.
+        ``"relu"`` is max(0, .), and NaN where that is NaN. None: y as it is.
     out : array of y's shape and dtype, optional
-        Receives y. May be x itself, or `residual`; other overlap with what is read is refused. For an x of integers or
-        booleans it decides the dtype of y, and so that of dx.
+        Receives y, in whatever memory order it has. May be x itself, or `residual`; other overlap with what is read is
+        refused. For an x of integers or booleans it decides the dtype of y, and so that of dx.
 
     Returns
     -------
@@ -69,11 +71,21 @@ def batch_norm(
     TypeError
         A dtype or type that is not listed above. Nothing is written.
 
+    See Also
+    --------
+    batch_norm_train : The statistics of x itself.
+    Saved.fixed : What a backward through this function needs.
+    BatchNorm : The same with parameters and running statistics kept, `BatchNorm.eval`.
+    fold_conv, fold_linear : No batch norm at all: weights that do it.
+
     Notes
     -----
-    Reads x (and the residual) once, writes y once, where `out` is NCHW and x NHWC, too. An x that is contiguous in no
-    order of its axes is copied first. Of half precision y is computed in float64 and rounded once. PyTorch calls gamma
-    and beta `weight` and `bias`; Keras's default axis is -1 and its eps 1e-3.
+    Reads x (and the residual) once and writes y once, also from NHWC memory into an NCHW `out`. An x that is contiguous
+    in no order of its axes, unaligned or in a foreign byte order is copied first. A y of 4 MiB and more without `out`
+    lies in recycled memory, see `set_pool_limit`.
+
+    Of half precision y is computed in float64 and rounded once. An empty x gives an empty y. NaN and Inf stay in their
+    channel. PyTorch calls gamma and beta `weight` and `bias`; Keras's default axis is -1 and its eps 1e-3.
 
     References
     ----------
@@ -85,6 +97,14 @@ def batch_norm(
     >>> fastbn.batch_norm(np.array([[1.0, 10.0], [3.0, 30.0]]), mean=[2, 20], var=[1, 100], eps=0)
     array([[-1., -1.],
            [ 1.,  1.]])
+
+    A picture of bytes in NHWC, its channels along the last axis, into an array of your own in NCHW:
+
+    >>> picture = np.full((1, 4, 4, 3), 255, np.uint8)
+    >>> y = np.empty((1, 3, 4, 4), np.float32)
+    >>> _ = fastbn.batch_norm(picture, mean=127.5, var=127.5**2, axis=-1, eps=0, out=y.transpose(0, 2, 3, 1))
+    >>> y[0, :, 0, 0]
+    array([1., 1., 1.], dtype=float32)
     """
     return frozen(
         "batch_norm", x, mean, var, gamma, beta, axis=axis, eps=eps, residual=residual, activation=activation, out=out,
@@ -111,14 +131,25 @@ def batch_norm_train(
 
     Parameters
     ----------
-    x, gamma, beta, axis, eps, residual, activation, out
-        As in `batch_norm`. Each channel needs at least two values. With a residual or an activation `out` must not be
-        x, which the backward could not recover.
+    x : (N, C, ...) array
+        As in `batch_norm`, with at least two values per channel (or none at all).
+    gamma, beta : (C,) array, optional
+        As in `batch_norm`.
+    axis : int or tuple of ints, default 1
+        As in `batch_norm`.
+    eps : float, default 1e-5
+        As in `batch_norm`. A constant channel gives exactly beta.
     where : array that broadcasts to x's shape, optional
-        Weights of the values in the statistics: booleans, or finite numbers of at least 0. The mean is
-        sum(where * x) / sum(where), and so on. A value of weight 0 moves no statistic, whatever it is. It is
-        normalized, too, and so its dy counts in the gradients (give it 0 if it is padding), unless the one or the other
-        is not finite. A channel without weight has mean 0 and variance 0.
+        Weights of the values in the statistics: booleans, or finite numbers of at least 0. The mean is sum(where * x) /
+        sum(where), and so on. A value of weight 0 moves no statistic, whatever it is. It is normalized, too, and so its
+        dy counts in the gradients (give it 0 if it is padding), unless its x or its dy is not finite. A channel without
+        weight has mean 0 and variance 0. Weights of samples have the shape (N, 1, ...).
+    residual : array of x's shape, optional
+        As in `batch_norm`. The backward returns its gradient.
+    activation : "relu", optional
+        As in `batch_norm`.
+    out : array of y's shape and dtype, optional
+        As in `batch_norm`, but with a residual or an activation it must not be x, which the backward could not recover.
 
     Returns
     -------
@@ -128,7 +159,7 @@ def batch_norm_train(
         What `batch_norm_backward` needs, with the statistics in ``saved.mean``, ``saved.var`` and ``saved.moments``.
         It refers to x and `where`, not to copies: leave them as they are until the backward is done. With ``out=x`` it
         refers to y, from which the backward recovers x: that costs digits where abs(beta) >> abs(gamma), and is refused
-        where gamma is 0. Of y > 0, with an activation, it keeps one bit for each element.
+        where gamma is 0. Of an activation it keeps one bit for each element, whether y > 0, not y.
 
     Raises
     ------
@@ -137,14 +168,21 @@ def batch_norm_train(
     TypeError
         As `batch_norm`. Nothing is written.
 
+    See Also
+    --------
+    batch_norm_backward : The gradients.
+    update_running : Running statistics, from ``saved.moments``.
+    moments : The statistics alone.
+    BatchNorm : All of this in a layer.
+
     Notes
     -----
-    The statistics are float64, accurate whatever the offset of the data, and their bits do not depend on threads. An
-    empty x gives an empty y. NaN and Inf stay in their channel.
+    The statistics are float64, accurate whatever the offset of the data, and their bits do not depend on the number of
+    threads. An empty x gives an empty y. NaN and Inf stay in their channel.
 
     Where a channel's values fit in the cache (NCHW up to 2 MB a channel, (N, D) with N up to 512) x is read once and y
-    written once; where they do not (NHWC images, larger batches) x is read twice. The residual is read once. An x that
-    is contiguous in no order of its axes is copied first.
+    written once; where they do not (NHWC images, larger batches) x is read twice. The residual is read once. What is
+    copied first, and where y lies, is as in `batch_norm`.
 
     References
     ----------
@@ -159,6 +197,14 @@ def batch_norm_train(
            [ 1.,  1.]])
     >>> saved.mean, saved.var
     (array([ 2., 20.]), array([  1., 100.]))
+
+    Sequences of different lengths, (N, D, T): the padding, even of NaN, has weight 0.
+
+    >>> x = np.array([[[1.0, 2.0, 3.0]], [[5.0, np.nan, np.nan]]])
+    >>> real = np.arange(3) < np.array([3, 1])[:, None, None]
+    >>> y, saved = fastbn.batch_norm_train(x, where=real)
+    >>> saved.mean, saved.count
+    (array([2.75]), array([4.]))
     """
     return trained(x, gamma, beta, axis=axis, eps=eps, where=where, residual=residual, activation=activation, out=out)
 
@@ -188,7 +234,7 @@ def batch_norm_backward(dy: npt.ArrayLike, saved: Saved, *, out: Array | None = 
     saved : Saved
         From `batch_norm_train`, or from `Saved.fixed`. It can be used again.
     out : array of y's shape and dtype, optional
-        Receives dx. May be dy itself; other overlap with dy or x is refused.
+        Receives dx. May be dy itself; other overlap with dy, x or `where` is refused.
 
     Returns
     -------
@@ -197,7 +243,7 @@ def batch_norm_backward(dy: npt.ArrayLike, saved: Saved, *, out: Array | None = 
     dgamma, dbeta : (C,) array
         In the dtypes of gamma and beta; where they were omitted or are integers, in that of y, but float32 at least.
     dresidual : array of x's shape
-        If the forward had a residual; as dx.
+        As dx. Only if the forward had a residual: four values are returned then, else three.
 
     Raises
     ------
@@ -206,6 +252,11 @@ def batch_norm_backward(dy: npt.ArrayLike, saved: Saved, *, out: Array | None = 
         0. Nothing is written.
     TypeError
         dy not floating; `saved` not a `Saved`; `out` of another dtype. Nothing is written.
+
+    See Also
+    --------
+    batch_norm_train : The forward.
+    BatchNorm.backward : The same of a layer.
 
     Notes
     -----
@@ -220,10 +271,16 @@ def batch_norm_backward(dy: npt.ArrayLike, saved: Saved, *, out: Array | None = 
     Examples
     --------
     >>> import numpy as np, fastbn
-    >>> y, saved = fastbn.batch_norm_train(np.array([[1.0], [2.0], [6.0]]))
+    >>> x = np.array([[1.0], [2.0], [6.0]])
+    >>> y, saved = fastbn.batch_norm_train(x)
     >>> dx, dgamma, dbeta = fastbn.batch_norm_backward(np.array([[1.0], [0.0], [0.0]]), saved)
-    >>> bool(abs(dx.sum()) < 1e-15), dbeta
-    (True, array([1.]))
+    >>> dbeta
+    array([1.])
+
+    y does not change when all of a channel moves, nor (but for eps) when it grows; so neither way lies a gradient:
+
+    >>> bool(abs(dx.sum()) < 1e-15), bool(abs((dx * x).sum()) < 1e-5)
+    (True, True)
     """
     return gradients("batch_norm_backward", dy, saved, out)
 
@@ -231,33 +288,27 @@ def batch_norm_backward(dy: npt.ArrayLike, saved: Saved, *, out: Array | None = 
 class Saved:
     """What the backward needs of a forward: x and weights (by reference), statistics and parameters, signs of y.
 
-    `batch_norm_train` returns one; `fixed` makes one for a forward whose statistics were given.
+    `batch_norm_train` returns one, and `Saved.fixed` makes one for a forward whose statistics were given; its own
+    constructor is not for callers. It can be read, and be used by any number of `batch_norm_backward`; nothing in it
+    can be replaced. x and the weights are referred to: as long as it lives they do.
 
-    Attributes
-    ----------
-    x : array
-        The input, not a copy (the output, if it was computed in place). It cannot be replaced.
-    mean, var : (C,) float64 array
-        The statistics that normalized x; var is divided by n.
-    moments : Moments
-        The same with the count, for `update_running` and merging.
-    count : int or (C,) float64 array
-        Values per channel; with weights their sum.
-    frozen : bool
-        Whether the statistics were given, not computed from x.
+    See Also
+    --------
+    batch_norm_train, batch_norm_backward : Where it comes from, and what it is for.
     """
 
     __slots__ = (
-        "_bits", "_dtypes", "_layout", "_overwritten", "_residual", "_seen", "_state", "_weights", "_x", "eps", "frozen"
+        "_bits", "_dtypes", "_eps", "_frozen", "_layout", "_overwritten", "_residual", "_seen", "_state", "_weights",
+        "_x",
     )  # fmt: skip
 
     def __init__(
         self, x: Array, lay: Layout, state: Array, eps: float, *, dtypes: tuple[np.dtype[Any], ...], frozen: bool,
         overwritten: bool, residual: bool, bits: Array | None, weights: Weights | None,
     ) -> None:  # fmt: skip
-        self._x, self._layout, self._state, self.eps = x, lay, state, eps
+        self._x, self._layout, self._state, self._eps = x, lay, state, eps
         self._seen = _form(x)
-        self._dtypes, self.frozen, self._overwritten = dtypes, frozen, overwritten  # of y, dgamma and dbeta
+        self._dtypes, self._frozen, self._overwritten = dtypes, frozen, overwritten  # of y, dgamma and dbeta
         self._residual, self._bits, self._weights = residual, bits, weights
 
     @classmethod
@@ -274,10 +325,40 @@ class Saved:
         residual: npt.ArrayLike | None = None,
         activation: Literal["relu"] | None = None,
     ) -> Self:
-        """For the backward of ``batch_norm(x, mean, var, gamma, beta)``: a frozen layer.
+        """Make what the backward of ``batch_norm(x, mean, var, gamma, beta)`` needs: a frozen layer.
 
-        Parameters and errors are those of `batch_norm`. It refers to x: an inference call by itself keeps nothing
-        alive. With an activation y is computed, for its signs, and dropped.
+        An inference call by itself keeps nothing alive; this refers to x.
+
+        Parameters
+        ----------
+        x : (N, C, ...) array
+            As in `batch_norm`, and so the others. Leave it as it is until the backward is done.
+        mean, var : (C,) array
+            The statistics, which the gradients treat as constants.
+        gamma, beta : (C,) array, optional
+            Scale and shift; 1 and 0 when omitted.
+        axis : int or tuple of ints, default 1
+            The **channel** axis of x.
+        eps : float, default 1e-5
+            Added to var.
+        residual : array of x's shape, optional
+            Added before the activation; the backward returns its gradient.
+        activation : "relu", optional
+            With it y is computed here, for its signs (one bit for each element), and dropped.
+
+        Returns
+        -------
+        Saved
+            For `batch_norm_backward`.
+
+        Raises
+        ------
+        ValueError, TypeError
+            As `batch_norm`.
+
+        See Also
+        --------
+        BatchNorm.__call__ : In evaluation with ``save=True`` computes y and keeps this in one pass.
 
         Examples
         --------
@@ -314,25 +395,25 @@ class Saved:
 
     @property
     def x(self) -> Array:
-        """The input, not a copy (the output, if it was computed in place)."""
+        """The input, not a copy; the output if it was computed in place (``out=x``)."""
         return self._x
 
     @property
     def count(self) -> Any:
-        """Values per channel, an int; with weights their sums, a float64 array."""
+        """Values per channel, an int; with weights the sum of each channel's, a (C,) float64 array."""
         if self._weights is None:
             return self._layout.per_channel
         return self._weights.given(self._weights.totals).reshape(self._layout.channel_shape).copy()
 
     @property
     def mean(self) -> Array:
-        """Mean per channel, float64."""
+        """The means that normalized x, a new (C,) float64 array."""
         mean: Array = self._state[0].reshape(self._layout.channel_shape).copy()
         return mean
 
     @property
     def var(self) -> Array:
-        """Variance per channel, divided by n, float64."""
+        """The variances that normalized x, divided by n and without eps, a new (C,) float64 array."""
         n = self._divisor
         with np.errstate(all="ignore"):  # whatever the caller's: a subnormal variance is no error
             var = self._state[1] / (n if self._weights is None else np.where(n == 0, 1.0, n))
@@ -340,11 +421,21 @@ class Saved:
 
     @property
     def moments(self) -> Moments:
-        """Count, mean and centred sum of squares, for `update_running` and merging."""
+        """Count, mean and centred sum of squares as `Moments`, for `update_running` and merging; a copy."""
         m = self.shared_moments()
         with np.errstate(all="ignore"):
             m2 = np.asarray(m.m2 * self.count) if self.frozen else m.m2.copy()
         return Moments.trusted(m.count, m.mean.copy(), m2)
+
+    @property
+    def eps(self) -> float:
+        """What was added to the variances."""
+        return self._eps
+
+    @property
+    def frozen(self) -> bool:
+        """Whether the statistics were given (`Saved.fixed`), not taken from x: to the gradients they are constants."""
+        return self._frozen
 
     def shared_moments(self) -> Moments:
         """`moments` of a forward that took them from x, without a copy."""

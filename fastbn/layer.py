@@ -25,42 +25,52 @@ class BatchNorm:
     Parameters
     ----------
     channels : int or tuple of ints
-        Number of channels C; a tuple where `axis` is one, in the order of x's axes.
-    axis : int or tuple of ints
+        Number of channels C; a tuple where `axis` is one, in the order of x's axes: wherever (C,) is written, the
+        shape is then that tuple.
+    axis : int or tuple of ints, default 1
         The **channel** axis: NCHW 1, NHWC -1. See `batch_norm`.
-    eps : float
+    eps : float, default 1e-5
         Added to the variance.
-    momentum : float or None
+    momentum : float or None, default 0.9
         Weight of the **old** running value, from 0 to 1 (PyTorch's 0.1 is 0.9 here). None: the running statistics are
         those of all samples seen since the layer was made, pooled exactly, whatever the sizes of the batches.
         Where samples have weights, a channel without any stays as it was, and running_var also where the weight is not
         above `correction`.
-    correction : 0 or 1
+    correction : 0 or 1, default 1
         Of the running variance: 1 keeps the unbiased estimate (PyTorch), which takes weights as frequencies; 0 the
         plain one (Keras, ONNX). The normalization itself always divides by n.
-    center, scale : bool
+    center, scale : bool, default True
         Whether there is a beta, a gamma.
-    track_running_stats : bool
+    track_running_stats : bool, default True
         False: no running statistics; evaluation uses those of its input too.
     activation : "relu", optional
         Applied to y, and to its gradient.
-    dtype : "float32" or "float64"
-        Of parameters and running statistics.
+    dtype : "float32" or "float64", default "float32"
+        Of parameters and running statistics. x may be of any dtype that `batch_norm` takes.
 
     Attributes
     ----------
     gamma, beta : (C,) array or None
-        1 and 0 at first. Change them in place.
+        1 and 0 at first. Change them in place: ``bn.gamma -= rate * bn.dgamma``.
     running_mean, running_var : (C,) array or None
         0 and 1 at first. float64 with ``momentum=None``.
     num_batches_tracked : int
-        Training calls so far.
+        Training calls that have moved the running statistics; an empty batch does not.
     dgamma, dbeta : (C,) array or None
-        From the last `backward`.
+        From the last `backward`, which replaces them.
     dresidual : array or None
         From the last `backward`, if the call before it had a residual.
     training : bool
         See `train` and `eval`.
+    channels : tuple of ints
+        The shape of the parameters, also where an int was given.
+    axis, eps, momentum, correction, track_running_stats, activation, dtype
+        As given.
+
+    See Also
+    --------
+    batch_norm, batch_norm_train, batch_norm_backward : What it calls.
+    fold_conv, fold_linear : The layer in evaluation, put into the weights before it.
 
     References
     ----------
@@ -131,6 +141,7 @@ class BatchNorm:
         system : str
             "torch", "keras", "keras1", "tf.contrib", "onnx", "flax", "chainer", "caffe", "cs231n" or "paper".
         channels : int or tuple of ints
+            As in `BatchNorm`.
         **options
             Arguments of `BatchNorm` that differ from that system's defaults, in fastbn's words: PyTorch's momentum 0.1
             is 0.9 here, Keras's epsilon is `eps`.
@@ -138,8 +149,9 @@ class BatchNorm:
         Returns
         -------
         BatchNorm
-            With the system's axis, eps, momentum, correction, center, scale and first running values; and its rule for
-            one value per channel in training, and for running statistics that leave out what they start from (Caffe).
+            With the system's axis, eps, momentum, correction, center, scale and first running values; and its rules
+            whether training takes one value per channel, and whether the running statistics leave out what they start
+            from (Caffe).
 
         Raises
         ------
@@ -150,7 +162,8 @@ class BatchNorm:
 
         Notes
         -----
-        docs/reference/conventions.md has all values and their sources.
+        The page "What other systems mean by batch normalization" (docs/reference/conventions.md) has all values and
+        their sources.
 
         Examples
         --------
@@ -166,12 +179,29 @@ class BatchNorm:
         return layer
 
     def train(self, mode: bool = True) -> Self:
-        """Switch to training, or with False to evaluation; returns the layer."""
+        """Switch to training, or with False to evaluation.
+
+        Parameters
+        ----------
+        mode : bool, default True
+            True for training.
+
+        Returns
+        -------
+        BatchNorm
+            The layer.
+        """
         self.training = _check.flag("BatchNorm.train", "mode", mode)
         return self
 
     def eval(self) -> Self:
-        """Switch to evaluation; returns the layer."""
+        """Switch to evaluation.
+
+        Returns
+        -------
+        BatchNorm
+            The layer: ``y = bn.eval()(x)``.
+        """
         return self.train(False)
 
     def __call__(
@@ -183,33 +213,50 @@ class BatchNorm:
         save: bool | None = None,
         out: Array | None = None,
     ) -> Array:
-        """Normalize x.
+        """Normalize x: in training with its own statistics, in evaluation with the running ones.
 
         Parameters
         ----------
         x : array
-            With C channels along `axis`; see `batch_norm`.
+            With C channels along `axis`; see `batch_norm`. In training at least two values per channel, or none at all,
+            which changes nothing.
         residual : array of x's shape, optional
             Added before the activation.
         where : array that broadcasts to x's shape, optional
-            Weights of the values in the statistics, as in `batch_norm_train`. Where the running statistics normalize,
-            they change nothing. Their sum takes the place of n: with ``correction=1`` the running variance moves in
-            channels where that is above 1.
+            Weights of the values in the statistics, as in `batch_norm_train`; their sum takes the place of n. In
+            evaluation they are checked, and not used unless ``track_running_stats=False``. With ``correction=1`` the
+            running variance moves in channels where that sum is above 1.
         save : bool, optional
             Keep what `backward` needs (a reference to x) until the next call. By default in training only.
-        out : array, optional
-            Receives y; may be x itself (in training without residual and activation), or `residual`.
+        out : array of y's shape and dtype, optional
+            Receives y; may be x itself (in training without residual and activation, in evaluation without
+            ``save=True``), or `residual`.
 
         Returns
         -------
         y : array of x's shape
+            In the dtype of x, of integers and booleans in float32 or that of `out`; `out` if given.
 
         Raises
         ------
         ValueError
-            Other channels than the layer has; in training, one value per channel. Layer and `out` stay as they were.
+            Other channels than the layer has; in training, one value per channel; else as `batch_norm_train`. Layer and
+            `out` stay as they were.
         TypeError
-            As `batch_norm`.
+            As `batch_norm`. Layer and `out` stay as they were.
+
+        See Also
+        --------
+        BatchNorm.backward : The gradients of this call.
+
+        Examples
+        --------
+        >>> import numpy as np, fastbn
+        >>> bn = fastbn.BatchNorm(1)
+        >>> bn(np.array([[1.0], [2.0], [6.0]])).round(2).ravel()
+        array([-0.93, -0.46,  1.39])
+        >>> bn.running_mean, bn.running_var
+        (array([0.3], dtype=float32), array([1.6], dtype=float32))
         """
         fn = "BatchNorm"
         x = _check.array(fn, "x", x)
@@ -255,12 +302,14 @@ class BatchNorm:
         Parameters
         ----------
         dy : array of x's shape
-        out : array, optional
+            Floating; see `batch_norm_backward`.
+        out : array of y's shape and dtype, optional
             Receives dx; may be dy itself.
 
         Returns
         -------
         dx : array of x's shape
+            In the dtype of y and the memory order of x; `out` if given.
 
         Raises
         ------
@@ -268,6 +317,10 @@ class BatchNorm:
             Before a training call, or after an evaluation call without ``save=True``; else as `batch_norm_backward`.
         TypeError
             As `batch_norm_backward`.
+
+        See Also
+        --------
+        batch_norm_backward : The formulas, and what is read and written.
         """
         if self._saved is None:
             raise ValueError(
@@ -305,7 +358,8 @@ class BatchNorm:
         Returns
         -------
         BatchNorm
-            The layer. Nothing changes if the iteration fails or there is no sample; num_batches_tracked never does.
+            The layer, with `running_mean` and `running_var` set. If a batch is refused or the iteration fails, they
+            stay as they were; num_batches_tracked does always.
 
         Raises
         ------
@@ -319,12 +373,21 @@ class BatchNorm:
 
         Notes
         -----
-        The bits are those of `moments` of the batches.
+        Reads every batch once; the bits are those of `moments` of the batches. An earlier layer must normalize with its
+        own population statistics meanwhile, so fit a network's layers from the first to the last.
 
         References
         ----------
         Ioffe, Szegedy 2015, arXiv:1502.03167, Algorithm 2, steps 8 to 10, where the variance is m / (m - 1) times the
         mean over batches of the variance; here it is that of all samples.
+
+        Examples
+        --------
+        >>> import numpy as np, fastbn
+        >>> batches = (np.full((n, 1), float(n)) for n in (1, 3))
+        >>> bn = fastbn.BatchNorm(1).fit_population(batches)
+        >>> bn.running_mean, bn.running_var
+        (array([2.5], dtype=float32), array([1.], dtype=float32))
         """
         fn = "BatchNorm.fit_population"
         mean, var = self._writable(fn)
@@ -345,32 +408,58 @@ class BatchNorm:
         return self
 
     def fold(self) -> tuple[Array, Array]:
-        """(scale, shift) of the affine map that the layer is in evaluation: ``y = x * scale + shift``.
+        """Return the affine map that the layer is in evaluation: ``y = x * scale + shift``.
 
         Returns
         -------
         scale, shift : (C,) array
-            Computed in float64, in the layer's dtype.
+            Computed in float64, rounded to the layer's dtype. Reshape them to broadcast over x.
 
         Raises
         ------
         ValueError
             If the layer keeps no running statistics.
 
+        See Also
+        --------
+        fold_conv, fold_linear : Weight and bias that do the layer before, too.
+
         Notes
         -----
-        The activation stays to be applied. Folded, digits are lost where abs(mean) is large beside the standard
-        deviation; `batch_norm` does not lose them.
+        The activation stays to be applied. Digits are lost where abs(mean) is large beside the standard deviation,
+        because ``x * scale`` and ``shift`` cancel then; a call of the layer does not lose them.
+
+        Examples
+        --------
+        >>> import fastbn
+        >>> bn = fastbn.BatchNorm(1, eps=0)
+        >>> bn.running_mean[:], bn.running_var[:] = 3, 4
+        >>> bn.fold()
+        (array([0.5], dtype=float32), array([-1.5], dtype=float32))
         """
         mean, scale, beta = self._affine("BatchNorm.fold")
         with np.errstate(all="ignore"):
             return np.asarray(scale, self.dtype), np.asarray(-mean * scale + beta, self.dtype)
 
     def state_dict(self) -> dict[str, Any]:
-        """Copies of gamma, beta, running_mean, running_var and num_batches_tracked, as far as the layer has them.
+        """Copy what the layer has learned, by name.
 
-        With ``momentum=None`` also running_count and running_m2, the number of values per channel behind the running
-        statistics (with weights an array, the total of each channel) and their centred sum of squares.
+        Returns
+        -------
+        dict
+            Of gamma, beta, running_mean, running_var (arrays) and num_batches_tracked (int), as far as the layer has
+            them. With ``momentum=None`` also running_count and running_m2: the number of values per channel behind the
+            running statistics (with weights an array, the total of each channel) and their centred sum of squares.
+
+        See Also
+        --------
+        BatchNorm.load_state_dict : The way back.
+
+        Examples
+        --------
+        >>> import fastbn
+        >>> sorted(fastbn.BatchNorm(3).state_dict())
+        ['beta', 'gamma', 'num_batches_tracked', 'running_mean', 'running_var']
         """
         state: dict[str, Any] = {name: a.copy() for name, a in self._arrays().items()}
         if self.track_running_stats:
@@ -382,13 +471,24 @@ class BatchNorm:
         return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> Self:
-        """Set everything that `state_dict` returns, in place; returns the layer.
+        """Set everything that `state_dict` returns, in place.
 
         It drops what a forward has saved for `backward`. Without both running_count and running_m2, a layer with
         ``momentum=None`` starts a new pool at its next training call; a layer of another momentum ignores them.
 
-        The state may come from a stranger, as the open file of ``np.load("state.npz")`` too: each value is read once,
-        its size and dtype before it, and nothing is ever unpickled.
+        The state may come from a stranger: each value is read once, its size and dtype before it, and nothing is ever
+        unpickled.
+
+        Parameters
+        ----------
+        state : mapping
+            The keys of `state_dict`, with arrays of the layer's channels, or one number for all of them, of any dtype
+            that `batch_norm` takes. The open file of ``np.load("state.npz")`` is one, too.
+
+        Returns
+        -------
+        BatchNorm
+            The layer.
 
         Raises
         ------
@@ -396,6 +496,14 @@ class BatchNorm:
             A key missing or unknown, a wrong shape, a negative running_var, a damaged file. The layer stays as it was.
         TypeError
             A value that is not numeric. The layer stays as it was.
+
+        Examples
+        --------
+        >>> import fastbn
+        >>> bn = fastbn.BatchNorm(3)
+        >>> bn.gamma[:] = 2
+        >>> fastbn.BatchNorm(3).load_state_dict(bn.state_dict()).gamma
+        array([2., 2., 2.], dtype=float32)
         """
         fn = "BatchNorm.load_state_dict"
         arrays, own, of = self._arrays(), self.channels, ", the layer's channels"

@@ -24,7 +24,7 @@ class Moments:
 
     ``m1 + m2`` are the moments of both sets of values together, so that statistics can be taken over batches, files,
     processes or machines, whatever their sizes. `empty` is the zero of that sum; up to the last rounding it is
-    associative and commutative.
+    associative and commutative. ``sum(list_of_moments)`` works, too.
 
     With weights w the count is sum(w), for each channel its own. Moments with and without weights add up too: a value
     without one has the weight 1.
@@ -36,9 +36,25 @@ class Moments:
     mean : (C,) float64 array
         Mean per channel: sum(w * x) / sum(w).
     m2 : (C,) float64 array
-        Sum of w * (x - mean)**2 per channel.
+        Sum of w * (x - mean)**2 per channel; not negative, or NaN where it is unknown.
 
-    The arrays given are copied.
+    Attributes
+    ----------
+    count, mean, m2
+        As given, in float64: copies. They cannot be replaced.
+
+    Raises
+    ------
+    ValueError
+        Shapes that differ, a negative count or m2.
+    TypeError
+        What is no number.
+
+    See Also
+    --------
+    moments : Takes them, of an array or of batches.
+    update_running : Running statistics from them.
+    Saved.moments : Those of a training forward.
 
     Notes
     -----
@@ -93,12 +109,50 @@ class Moments:
 
     @classmethod
     def empty(cls, channels: int | tuple[int, ...]) -> Self:
-        """The moments of no values: ``Moments.empty(c) + m`` is m."""
+        """The moments of no values: ``Moments.empty(c) + m`` is m.
+
+        Parameters
+        ----------
+        channels : int or tuple of ints
+            C, the number of channels; a tuple where `axis` is one; ``()`` for one statistic over whole arrays.
+
+        Returns
+        -------
+        Moments
+            Of count 0.
+
+        Examples
+        --------
+        >>> import numpy as np, fastbn
+        >>> total = fastbn.Moments.empty(2)
+        >>> for n in (3, 5):
+        ...     total += fastbn.moments(np.ones((n, 2)))
+        >>> total.count
+        8
+        """
         shape = _check.channel_shape("Moments.empty", channels, least=0)
         return cls(0, np.zeros(shape), np.zeros(shape))
 
     def merge(self, other: Moments) -> Moments:
-        """The moments of both sets of values together; the same as ``self + other``."""
+        """The moments of both sets of values together; the same as ``self + other``.
+
+        Parameters
+        ----------
+        other : Moments
+            Of as many channels.
+
+        Returns
+        -------
+        Moments
+            New, or one of the two where the other has no values; neither is changed.
+
+        Raises
+        ------
+        ValueError
+            Other channels.
+        TypeError
+            No Moments.
+        """
         if not isinstance(other, Moments):
             raise TypeError(f"Moments.merge: other is of type {type(other).__name__}, expected Moments")
         if self.mean.shape != other.mean.shape:
@@ -124,6 +178,18 @@ class Moments:
         return Moments.trusted(count, mean, m2)
 
     def __add__(self, other: object) -> Moments:
+        """The moments of both sets of values together: `merge`.
+
+        Parameters
+        ----------
+        other : Moments
+            Of as many channels.
+
+        Returns
+        -------
+        Moments
+            That of `merge`.
+        """
         return self.merge(other) if isinstance(other, Moments) else NotImplemented
 
     def __radd__(self, other: object) -> Moments:
@@ -131,18 +197,34 @@ class Moments:
         return self if isinstance(other, int) and other == 0 else NotImplemented
 
     def var(self, correction: int = 0) -> Array:
-        """Variance per channel: m2 / (count - correction), NaN where count is not above correction.
+        """Variance per channel: m2 / (count - correction).
 
         Parameters
         ----------
-        correction : 0 or 1
+        correction : 0 or 1, default 0
             0 for the variance that normalizes, 1 for the unbiased estimate. That takes weights as frequencies: a value
             of weight 3 is three values. Of weights on another scale it is no estimate.
+
+        Returns
+        -------
+        (C,) float64 array
+            NaN where the count is not above `correction`.
         """
         return self._var("Moments.var", correction)
 
     def std(self, correction: int = 0) -> Array:
-        """Standard deviation per channel: the square root of `var`."""
+        """Standard deviation per channel: the square root of `var`.
+
+        Parameters
+        ----------
+        correction : 0 or 1, default 0
+            As in `var`.
+
+        Returns
+        -------
+        (C,) float64 array
+            NaN where the count is not above `correction`.
+        """
         return np.asarray(np.sqrt(self._var("Moments.std", correction)))
 
     def _var(self, fn: str, correction: int) -> Array:
@@ -170,11 +252,11 @@ def moments(
         Of any dtype that `batch_norm` takes; any rank and memory layout. Read only. A generator, an iterator or another
         iterable that is no sequence gives batches, of whatever sizes: each is read once and let go before the next is
         asked for. A list or tuple is an array, as elsewhere in NumPy: ``iter(batches)`` makes batches of it.
-    axis : int or tuple of ints
+    axis : int or tuple of ints, default 1
         The **channel** axis, as in `batch_norm`; all others are reduced. ``()``: the whole array, shape ``()``.
     where : array that broadcasts to x's shape, optional
-        Weights of the values: booleans, or finite numbers of at least 0. What has weight 0 may be NaN. Not of batches:
-        theirs is ``sum(fastbn.moments(x, where=w) for x, w in batches)``.
+        Weights of the values: booleans, or finite numbers of at least 0. What has weight 0 may be NaN. Refused with
+        batches, each of which has its own: ``sum(fastbn.moments(x, where=w) for x, w in batches)``.
     start : Moments, optional
         Of what came before, to which x is added: to go on after a stop.
     progress : bool, optional
@@ -192,6 +274,11 @@ def moments(
         As `batch_norm`; also no batch and no `start`, or batches whose channels differ.
     ImportError
         ``progress=True`` without tqdm.
+
+    See Also
+    --------
+    batch_norm_train : Normalizes with them, too, and has them in ``saved.moments``.
+    BatchNorm.fit_population : A layer's running statistics from batches.
 
     Notes
     -----
@@ -386,18 +473,18 @@ def update_running(
 ) -> None:
     """Move running statistics towards those of a batch, in place.
 
-    ``running = momentum * running + (1 - momentum) * batch``
+    ``running = momentum * running + (1 - momentum) * batch``, computed in float64.
 
     Parameters
     ----------
     running_mean, running_var : (C,) float32 or float64 array
-        Overwritten.
+        Overwritten, both or none; NumPy arrays that share no memory.
     m : Moments
-        Of the batch. A channel of count 0 stays as it was.
-    momentum : float
+        Of the batch, as ``saved.moments``. A channel of count 0 stays as it was.
+    momentum : float, default 0.9
         From 0 to 1, the weight of the **old** value, as in CS231n, Keras, TensorFlow and ONNX (PyTorch's 0.1 is 0.9
         here). To pool all batches exactly, add their `Moments` instead.
-    correction : 0 or 1
+    correction : 0 or 1, default 1
         Of the batch variance: 1 for the unbiased estimate (PyTorch), 0 for the plain one (Keras, ONNX, CS231n). 1
         takes weights as frequencies, as `Moments.var` does.
 
@@ -408,6 +495,10 @@ def update_running(
         not above 1. Nothing is written.
     TypeError
         Wrong types or dtypes. Nothing is written.
+
+    See Also
+    --------
+    BatchNorm : Does it at every call in training.
 
     Examples
     --------

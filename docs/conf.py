@@ -34,8 +34,22 @@ nitpick_ignore_regex = [("py:.*", r"(?!fastbn).*")]
 autosummary_generate = True
 autodoc_typehints = "none"  # numpydoc says them in words
 autodoc_member_order = "bysource"
+default_role = "py:obj"  # `batch_norm` in a docstring is a link, `out` is code
 numpydoc_show_class_members = False
 numpydoc_xref_param_type = False
+
+# A public name without a docstring, or with half of one, stops the build. All checks of numpydoc, but for these:
+numpydoc_validation_checks = {
+    "all",
+    "ES01", "EX01", "SA01",  # not each of a class's methods needs more than a line, an example, neighbours;
+    #                          tests/test_docs_api.py asks them of every name in fastbn.__all__
+    "RT02",  # what is returned has a name: y, dx, dgamma
+    "SS05",  # a summary may be a noun phrase, and one that begins with "Gradients" is no verb
+}  # fmt: skip
+numpydoc_validation_exclude = {
+    r"^fastbn\.Saved$",  # nobody calls its constructor, whose parameters are not shown either; its members are checked
+    r"^fastbn\.interop\.",  # signatures of other systems, whose own documentation has their parameters
+}
 
 myst_enable_extensions = ["dollarmath", "amsmath", "colon_fence", "deflist"]
 myst_heading_anchors = 3
@@ -58,6 +72,13 @@ sphinx_gallery_conf = {
     "reference_url": {"fastbn": None},
     "backreferences_dir": None,
 }
+
+
+def setup(app):
+    """Sphinx calls it."""
+    # Made by batch_norm_train and Saved.fixed only.
+    app.connect("autodoc-process-signature", lambda *args: ("", None) if args[2] == "fastbn.Saved" else None)
+
 
 templates_path = ["_templates"]
 

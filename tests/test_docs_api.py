@@ -1,10 +1,13 @@
-"""The reference has every public name, and each tells what a reader needs; docs/conf.py has the build check the rest."""
+"""The reference has every public name, and each tells what a reader needs; docs/conf.py checks the rest."""
 
+import importlib.util
 import inspect
 import re
+from pathlib import Path
 
 import pytest
 from pages import DOCS, check
+from subprocesses import run_script
 
 import fastbn
 from fastbn.conventions import CONVENTIONS
@@ -80,5 +83,43 @@ def test_the_defaults_are_those_of_the_signature(member):
             assert eval(said[1]) == parameter.default, name
 
 
-def test_errors():
-    check("reference/errors.md")
+@pytest.mark.parametrize("page", ["errors", "environment"])
+def test_the_code_of_a_page(page):
+    check(f"reference/{page}.md")
+
+
+ENVIRONMENT = (DOCS / "reference" / "environment.md").read_text()
+
+
+def on_the_page(text):
+    """The variables in the first column of the tables."""
+    return {name for row in re.findall(r"^\| (`.*?) \|", text, re.M) for name in re.findall(r"`([A-Z_]+)`", row)}
+
+
+def read_by(sources):
+    """The variables that code asks the system for, and all of fastbn's own wherever they are named."""
+    text = "\n".join(path.read_text() for path in sources)
+    asked = re.findall(r"""environ(?:\.get|\.setdefault)?[(\[]\s*"([A-Z_]+)\"|"([A-Z_]+)" in os\.environ""", text)
+    return {name for names in asked for name in names if name} | set(re.findall(r"\bFASTBN_[A-Z_]+", text))
+
+
+def test_every_variable_that_the_code_reads_is_on_the_page():
+    read = read_by(Path(fastbn.__file__).parent.rglob("*.py"))
+    assert {"FASTBN_POOL_LIMIT", "NUMBA_NUM_THREADS", "NUMBA_THREADING_LAYER", "JAX_PLATFORMS"} <= read
+    assert read <= on_the_page(ENVIRONMENT)
+
+
+def test_every_variable_on_the_page_is_read():
+    """fastbn's by fastbn, Numba's by Numba."""
+    named = on_the_page(ENVIRONMENT)
+    own = {name for name in named if name.startswith("FASTBN_")}
+    assert own
+    assert own <= read_by(Path(fastbn.__file__).parent.rglob("*.py"))
+    config = (Path(importlib.util.find_spec("numba").origin).parent / "core" / "config.py").read_text()
+    assert [name for name in sorted(named) if name.startswith("NUMBA_") and f'"{name}"' not in config] == []
+
+
+def test_the_default_of_the_pool_is_that_of_the_code():
+    (row,) = re.findall(r"^\| `FASTBN_POOL_LIMIT` \|.*$", ENVIRONMENT, re.M)
+    script = "import fastbn._memory; print(fastbn._memory._limit)"
+    assert f" {run_script(script, FASTBN_POOL_LIMIT=None).strip()} (512 MiB)" in row

@@ -92,8 +92,8 @@ ENVIRONMENT = (DOCS / "reference" / "environment.md").read_text()
 
 
 def on_the_page(text):
-    """The variables in the first column of the tables."""
-    return {name for row in re.findall(r"^\| (`.*?) \|", text, re.M) for name in re.findall(r"`([A-Z_]+)`", row)}
+    """The variables that the page defines."""
+    return {name for term in re.findall(r"^(`.*`)\n: ", text, re.M) for name in re.findall(r"`([A-Z_]+)`", term)}
 
 
 def read_by(sources):
@@ -120,6 +120,6 @@ def test_every_variable_on_the_page_is_read():
 
 
 def test_the_default_of_the_pool_is_that_of_the_code():
-    (row,) = re.findall(r"^\| `FASTBN_POOL_LIMIT` \|.*$", ENVIRONMENT, re.M)
+    (said,) = re.findall(r"^`FASTBN_POOL_LIMIT`\n: .*$", ENVIRONMENT, re.M)
     script = "import fastbn._memory; print(fastbn._memory._limit)"
-    assert f" {run_script(script, FASTBN_POOL_LIMIT=None).strip()} (512 MiB)" in row
+    assert f" {run_script(script, FASTBN_POOL_LIMIT=None).strip()} (512 MiB)" in said

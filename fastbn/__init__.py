@@ -1,4 +1,8 @@
-"""Batch normalization of NumPy arrays on CPUs, at about the cost of a copy. Importing it compiles nothing."""
+"""Batch normalization of NumPy arrays on CPUs, at about the cost of a copy.
+
+`BatchNorm` is the layer; `batch_norm`, `batch_norm_train` and `batch_norm_backward` are functions of arrays, and
+`moments` takes statistics, of data larger than memory, too. Importing it compiles nothing; the first call does.
+"""
 
 from ._config import show_config, warmup
 from ._memory import empty_pool, set_pool_limit

@@ -45,8 +45,8 @@ def batch_norm(
         Scale and shift, as `mean`; 1 and 0 when omitted.
     axis : int or tuple of ints, default 1
         The **channel** axis of x, along which C lies: 1 for NCHW and (N, D), -1 for NHWC. (Chainer's `axis` is the
-        opposite: the axes that are reduced.) A tuple: statistics for each cell of these axes; where this page says
-        (C,), their shape is then ``tuple(x.shape[a] for a in sorted(axis))``, with negative axes counted from the end.
+        opposite: the axes that are reduced.) A tuple: statistics for each cell of these axes; wherever (C,) is written
+        their shape is then ``tuple(x.shape[a] for a in sorted(axis))``, with negative axes counted from the end.
         ``()``: one statistic, of shape ``()``, for all of x.
     eps : float, default 1e-5
         Added to var; finite, 0 or more. Where var + eps is 0, y is beta.

@@ -371,9 +371,7 @@ class BatchNorm:
         ImportError
             ``progress=True`` without tqdm.
 
-        Notes
-        -----
-        Reads every batch once; the bits are those of `moments` of the batches. An earlier layer must normalize with its
+        Notes ----- Reads and gives the same bits as `moments` of the batches. An earlier layer must normalize with its
         own population statistics meanwhile, so fit a network's layers from the first to the last.
 
         References

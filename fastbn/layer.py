@@ -371,8 +371,10 @@ class BatchNorm:
         ImportError
             ``progress=True`` without tqdm.
 
-        Notes ----- Reads and gives the same bits as `moments` of the batches. An earlier layer must normalize with its
-        own population statistics meanwhile, so fit a network's layers from the first to the last.
+        Notes
+        -----
+        Reads what `moments` of the batches reads, and gives its bits. An earlier layer must normalize with its own
+        population statistics meanwhile, so fit a network's layers from the first to the last.
 
         References
         ----------

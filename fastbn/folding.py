@@ -97,10 +97,11 @@ def fold_conv(
     """
     fn = "fold_conv"
     swapped = _check.flag(fn, "transposed", transposed)
-    axes = _axes(fn, layout, TRANSPOSED if swapped else CONV)
+    names = TRANSPOSED if swapped else CONV
+    axes = _axes(fn, layout, names)
     channels = _channels(fn, bn)
     n = _divisor(fn, groups, channels)
-    return _folded(fn, weight, bias, bn, axes, f"layout={layout!r}", n if swapped else 1)
+    return _folded(fn, weight, bias, bn, axes, names, f"layout={layout!r}", n if swapped else 1)
 
 
 def fold_linear(
@@ -147,11 +148,16 @@ def fold_linear(
     fn = "fold_linear"
     axes = _axes(fn, layout, LINEAR)
     _channels(fn, bn)
-    return _folded(fn, weight, bias, bn, axes, f"layout={layout!r}", 1)
+    return _folded(fn, weight, bias, bn, axes, LINEAR, f"layout={layout!r}", 1)
 
 
-def _folded(fn: str, weight: Any, bias: Any, bn: BatchNorm, axes: str, layout: str, shared: int) -> tuple[Array, Array]:
-    """Folded weight and bias; `shared` groups of outputs share the places on the weight's O axis."""
+def _folded(
+    fn: str, weight: Any, bias: Any, bn: BatchNorm, axes: str, names: dict[str, str], layout: str, shared: int
+) -> tuple[Array, Array]:
+    """Folded weight and bias; `shared` groups of outputs share the places on the weight's O axis.
+
+    `names` are the layouts that there are, for the message where `layout`, with these `axes`, does not fit.
+    """
     w = _check.plain_array(fn, "weight", weight, FLOATING)
     if not (w.dtype.name in HALVES or (w.dtype.kind == "f" and w.dtype.itemsize in (4, 8))):
         raise TypeError(f"{fn}: weight has dtype {w.dtype}, expected {FLOATING}")
@@ -163,7 +169,9 @@ def _folded(fn: str, weight: Any, bias: Any, bn: BatchNorm, axes: str, layout: s
     has = f"{fn}: weight has shape {w.shape}, {layout}: "
     if outputs * shared != channels:
         of = f"the {channels} channels of bn" + (f" / groups={shared}" if shared > 1 else "")
-        raise ValueError(f"{has}{outputs} outputs, expected {channels // shared}, {of}")
+        fits = [name for name, a in names.items() if len(a) == w.ndim and w.shape[a.index("O")] * shared == channels]
+        hint = f"; layout={fits[0]!r} has them" if fits else ""
+        raise ValueError(f"{has}{outputs} outputs, expected {channels // shared}, {of}{hint}")
     if inputs % shared:
         raise ValueError(f"{has}{inputs} inputs, expected a multiple of groups={shared}")
     b = _check.plain_array(fn, "bias", 0.0 if bias is None else bias)

@@ -289,9 +289,11 @@ MESSAGES = [
     (lambda: fold_conv(A[0], None, layer()),
      "fold_conv: weight has shape (3, 5), expected 4 axes, those of layout='OIHW'"),
     (lambda: fold_conv(K, None, layer(), layout="HWIO"),
-     "fold_conv: weight has shape (3, 1, 2, 2), layout='HWIO': 2 outputs, expected 3, the 3 channels of bn"),
+     "fold_conv: weight has shape (3, 1, 2, 2), layout='HWIO': 2 outputs, expected 3, the 3 channels of bn; "
+     "layout='OIHW' has them"),
     (lambda: fold_conv(K, None, layer(), groups=3, transposed=True, layout="HWIO"),
-     "fold_conv: weight has shape (3, 1, 2, 2), layout='HWIO': 2 outputs, expected 1, the 3 channels of bn / groups=3"),
+     "fold_conv: weight has shape (3, 1, 2, 2), layout='HWIO': 2 outputs, expected 1, the 3 channels of bn / groups=3; "
+     "layout='OIHW' has them"),
     (lambda: fold_conv(np.ones((4, 1, 2, 2)), None, layer(), groups=3, transposed=True),
      "fold_conv: weight has shape (4, 1, 2, 2), layout='OIHW': 4 inputs, expected a multiple of groups=3"),
     (lambda: fold_conv(K.astype("int8"), None, layer()),

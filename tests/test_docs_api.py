@@ -6,13 +6,13 @@ import re
 from pathlib import Path
 
 import pytest
-from pages import DOCS, check
+import pages
 from subprocesses import run_script
 
 import fastbn
 from fastbn.conventions import CONVENTIONS
 
-API = (DOCS / "reference" / "api.md").read_text()
+API = (pages.DOCS / "reference" / "api.md").read_text()
 
 
 def listed(page):
@@ -85,10 +85,10 @@ def test_the_defaults_are_those_of_the_signature(member):
 
 @pytest.mark.parametrize("page", ["errors", "environment"])
 def test_the_code_of_a_page(page):
-    check(f"reference/{page}.md")
+    pages.check(f"reference/{page}.md")
 
 
-ENVIRONMENT = (DOCS / "reference" / "environment.md").read_text()
+ENVIRONMENT = (pages.DOCS / "reference" / "environment.md").read_text()
 
 
 def on_the_page(text):

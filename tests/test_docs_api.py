@@ -5,8 +5,8 @@ import inspect
 import re
 from pathlib import Path
 
-import pytest
 import pages
+import pytest
 from subprocesses import run_script
 
 import fastbn

@@ -180,9 +180,10 @@ def batch_norm_train(
     The statistics are float64, accurate whatever the offset of the data, and their bits do not depend on the number of
     threads. An empty x gives an empty y. NaN and Inf stay in their channel.
 
-    Where a channel's values fit in the cache (NCHW up to 2 MB a channel, (N, D) with N up to 512) x is read once and y
-    written once; where they do not (NHWC images, larger batches) x is read twice. The residual is read once. What is
-    copied first, and where y lies, is as in `batch_norm`.
+    Where a channel's values fit in the cache (NCHW from 8 channels on and up to 2 MB each; (N, D) with N up to 512, fewer
+    in float64 and above D = 2048) x is read once and y written once; else (NHWC images, larger batches, images of three
+    channels) x is read twice. Once more, if a channel's first values lie far from its mean: see `moments`. The residual
+    is read once. What is copied first, and where y lies, is as in `batch_norm`.
 
     References
     ----------
@@ -260,9 +261,8 @@ def batch_norm_backward(dy: npt.ArrayLike, saved: Saved, *, out: Array | None = 
 
     Notes
     -----
-    Sums are float64. Where a channel's values of dy and x fit in the cache, both are read once and dx is written once;
-    else they are read twice. With fixed statistics they are read once always. dy in another memory order than x is
-    copied first.
+    Sums are float64. dy and x are read once where `batch_norm_train` reads x once, else twice; with fixed statistics
+    once always. dx is written once. dy in another memory order than x is copied first.
 
     References
     ----------

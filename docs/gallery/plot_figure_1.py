@@ -212,7 +212,7 @@ fig = draw(*mnist[:3])
 
 # %%
 # With batch norm the network has four images in five right after 80 steps. The plain
-# one guesses for hundreds of steps, and then needs about 2,000 to come as far.
+# one guesses for hundreds of steps, and has come as far after about 2,000.
 #
 # Why, is in (b). The paper points to the median, which drifts, and takes with it what
 # the layer above has learned. Look at the width, too: at first the middle 70 % of all

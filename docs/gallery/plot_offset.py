@@ -196,7 +196,7 @@ for ax, column in zip(axes[-1], columns, strict=True):
 # %%
 # fastbn sums :math:`x - p` and :math:`(x - p)^2` in float64, with a value :math:`p`
 # near the mean that it takes from the first pixels: one pass, too, and nothing cancels.
-# :doc:`/explanation/algorithm` has the formula and its bound,
+# :doc:`/explanation/statistics` has the formula and its bound,
 # :doc:`/explanation/accuracy` the errors of y and of the gradients beside those of
 # other systems. What comes out at the largest of these offsets, in float32:
 

@@ -127,8 +127,8 @@ for size, other in found.items():
 # ------------------------
 #
 # The batches are views of the files, and no batch is copied: not as floats, not in
-# another order. What NumPy allocates during both passes, at its peak, is the room for
-# the sums of a batch:
+# another order. What both passes allocate, at its peak, is the room for the sums of a
+# batch, which has a limit however large the batch is:
 
 print(f"files of {pictures.nbytes / 1e6:.1f} and {normalized.nbytes / 1e6:.1f} MB")
 for size in (1, 64, 400):

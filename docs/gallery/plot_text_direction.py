@@ -187,8 +187,8 @@ compare("fastbn", found, logits)
 # A look into one of them
 # -----------------------
 #
-# The second batch norm has eight channels. Its input comes from a convolution that
-# looks at one channel at a time, with whatever scale and offset training has left
+# The second batch norm has eight channels. Its input comes from a convolution of
+# 1 x 1, which mixes eight others, with whatever scale and offset training has left
 # there. Here are the eight for the logo, before and after, in one scale of colours:
 # blue is below 0, red above, white 0.
 

@@ -77,7 +77,8 @@ sphinx_gallery_conf = {
 def setup(app):
     """Sphinx calls it."""
     # Made by batch_norm_train and Saved.fixed only.
-    app.connect("autodoc-process-signature", lambda *args: ("", None) if args[2] == "fastbn.Saved" else None)
+    own = "fastbn.Saved", "fastbn.interop.mpi.Saved"
+    app.connect("autodoc-process-signature", lambda *args: ("", None) if args[2] in own else None)
 
 
 templates_path = ["_templates"]

@@ -191,18 +191,18 @@ def batch_norm_backward(dy: npt.ArrayLike, saved: Saved, *, out: Array | None = 
 class Saved:
     """What `batch_norm_backward` needs of a forward on this rank.
 
+    `batch_norm_train` returns one; its own constructor is not for callers.
+
     Attributes
     ----------
     comm : mpi4py.MPI.Intracomm
+        As given.
     moments : Moments
         Of all ranks.
     mean, var : (C,) float64 array
         Of all ranks; var is divided by n.
-    count : int
-        Values per channel of all ranks.
-    x : array
-        Of this rank, not a copy.
     eps : float
+        What was added to the variances.
     """
 
     __slots__ = ("_axis", "_dtypes", "_fixed", "_gamma", "comm", "eps", "mean", "moments", "var")

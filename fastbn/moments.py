@@ -282,7 +282,7 @@ def moments(
 
     Notes
     -----
-    Reads x once, and a second time if the mean of a channel's first values is more than 1.7 standard deviations off. The
+    Reads x once, and once more if the mean of a channel's first values is more than 1.7 standard deviations off. The
     bits are those of `batch_norm_train`, and do not depend on threads.
 
     Of batches they are those of ``start + moments(batch) + moments(batch) + ...``, in that order, in channels whose

@@ -180,7 +180,7 @@ def batch_norm_train(
     The statistics are float64, accurate whatever the offset of the data, and their bits do not depend on the number of
     threads. An empty x gives an empty y. NaN and Inf stay in their channel.
 
-    Where a channel's values fit in the cache (NCHW from 8 channels on and up to 2 MB each; (N, D) with N up to 512, less
+    Where a channel's values fit in the cache (NCHW from 8 channels on, up to 2 MB each; (N, D) with N up to 512, less
     in float64 and above D = 2048) x is read once and y written once; else (NHWC images, larger batches, images of three
     channels) x is read twice. Once more, if a channel's first values lie far from its mean: see `moments`. The residual
     is read once. What is copied first, and where y lies, is as in `batch_norm`.

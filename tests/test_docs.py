@@ -1,6 +1,7 @@
 """The pages: their code prints what they say."""
 
 import re
+import tomllib
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -55,6 +56,18 @@ def test_the_index_has_a_line_on_each_page(folder):
                for line in block.splitlines() if not line.startswith(":")]  # fmt: skip
     assert listed == in_tree
     assert sorted(listed) == sorted(p.stem for p in (DOCS / folder).glob("*.md") if p.stem != "index")
+
+
+def test_every_extra_that_is_to_be_installed_exists():
+    """pip only warns of one that does not, and installs less."""
+    project = tomllib.loads((TESTS.parent / "pyproject.toml").read_text())["project"]
+    scripts = [*DOCS.glob("tutorial/*.py"), *DOCS.glob("gallery/*.py"), *DOCS.glob("examples/*.py")]
+    pages = [DOCS / page for page in PAGES] + [TESTS.parent / "README.md"]
+    named = {(path.name, extra) for path in scripts + pages
+             for extras in re.findall(r"""["'`](?:fastbn|\.)\[([\w,]+)\]""", path.read_text())
+             for extra in extras.split(",")}  # fmt: skip
+    assert len(named) > 10
+    assert {extra for _, extra in named} <= set(project["optional-dependencies"]), named
 
 
 # ------------------------------------------------------------------------------------------------- the inference script

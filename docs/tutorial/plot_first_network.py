@@ -9,7 +9,7 @@ and break it in the four ways in which it is usually broken.
 
 You need NumPy, the chain rule and an hour; the script itself runs in seconds, the first
 time in some more, because fastbn compiles. In a checkout
-``pip install -e ".[examples]"`` brings what it imports.
+``pip install -e . matplotlib scikit-learn`` brings what it imports.
 """
 
 import copy

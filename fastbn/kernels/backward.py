@@ -23,7 +23,7 @@ and x twice, the second time from the end. dz is written once, with dx. dx may b
 import numpy as np
 
 from .._jit import elementwise, exact, kernel, prange
-from .forward import APART, FUSED, NO, ONE, SUMS, WRITE, YES, ZERO, fold_columns, spread, strip_room, strip_words
+from .forward import APART, FUSED, ONE, SUMS, WRITE, ZERO, fold_columns, spread, strip_room, strip_words
 from .grid import AHEAD, SEGMENT, TERMS
 from .lanes import (
     LANES,
@@ -62,9 +62,6 @@ from .leaves import (
     run_weights,
     variance,
 )
-
-FROZEN = 3  # sums and dx of a tile at once: dx does not wait for the sums
-
 
 # -------------------------------------------------------------------------------------------------------------- pieces
 
@@ -358,12 +355,12 @@ def finish_sums(sums, point, grads, first, number):
 
 
 @exact
-def dx_coefficients(point, grads, count, first, number, k, frozen):
+def dx_coefficients(through, point, grads, count, first, number, k):
     """k = `number` scales, weights, slopes, centres and shifts of the channels from `first` on, for dx.
 
     dx = scale * g + w * (weight * xhat + shift) with xhat = (x - centre) * slope; xhat by itself, because slope *
     weight leaves the range of float32 long before dx does. As in `affine`, what rounding the centre loses goes into
-    shift. Frozen: all but scale are 0.
+    shift. Where the statistics were held fixed (`through` is None) all but scale are 0.
     """
     compact()
     channels = grads.shape[1]
@@ -374,7 +371,7 @@ def dx_coefficients(point, grads, count, first, number, k, frozen):
         for m in range(1, 5):
             k[m * number + i] = 0.0
         n = of_channel(count, c)
-        if not frozen and n != 0.0:
+        if through is not None and n != 0.0:
             weight = -scale * (grads[0, c] / n)
             k[number + i] = weight
             k[2 * number + i] = slope
@@ -399,7 +396,7 @@ def fused_channels(first, last, dy, x, dx, point, count, grads, grid, dz, relu, 
         summed = False
         if c >= first:
             finish_sums(sums, point, grads, c, now)
-            dx_coefficients(point, grads, count, c, now, k, NO)
+            dx_coefficients(True, point, grads, count, c, now, k)
             summed = then == now  # else the group is summed once more, in vain: it is the same loop
             n, b = (c + group, j) if summed else (c, i)
             sum_group(
@@ -436,9 +433,9 @@ def segments_tile(through, phase, t, dy, x, dx, part, point, k, grid, dz, relu, 
             own = 2 * (n * per_run + piece) * channels + c
             part[own] = s
             part[own + channels] = q
-        if phase == FROZEN:
+        if through is None:
             dx_run(dy, None, dx, low, high, scale, weight, slope, centre, shift, dz, relu, word, w_room)
-        elif through is not None and phase == WRITE:
+        elif phase == WRITE:
             dx_run(dy, x, dx, low, high, scale, weight, slope, centre, shift, dz, relu, word, w_room)
 
 
@@ -448,15 +445,15 @@ def backward_runs(dy, x, dx, state, eps, count, grads, through, fused, split, ov
     outer, channels, inner, group, tiles = sizes
     grid = outer, channels, inner, group, tiles
     groups = -(-channels // group) if group > 0 else 0
-    phase = FUSED if fused else SUMS if through else FROZEN
+    phase = FUSED if fused is not None else SUMS
     pieces = outer * -(-inner // SEGMENT)
     point = points(state, eps, count, overwritten)
     room = np.empty((tiles if phase == FUSED else 0, (4 + 2 * LANES) * group + APART))
     part = np.empty(0 if phase == FUSED else pieces * 2 * channels)
     k = np.full(tiles * (5 * group + APART) if phase == FUSED else 5 * channels, like(dx))
     w_room = rows_like(w, tiles, (2 * PIECE if phase == FUSED else min(SEGMENT, inner)) + LANES)
-    if phase == FROZEN:
-        dx_coefficients(point, grads, count, ZERO, channels, k, YES)
+    if split is not None and through is None:  # dx does not wait for the sums
+        dx_coefficients(through, point, grads, count, ZERO, channels, k)
     while True:
         for t in prange(tiles):
             tile_w = row(w_room, np.intp(t))
@@ -470,14 +467,15 @@ def backward_runs(dy, x, dx, state, eps, count, grads, through, fused, split, ov
             if split is not None:
                 tile = tiles - 1 - np.intp(t) if phase == WRITE else np.intp(t)  # the second pass goes back
                 segments_tile(through, phase, tile, dy, x, dx, part, point, k, grid, dz, relu, w, step, tile_w)
-        if phase == FUSED or phase == WRITE:
+        if phase != SUMS:
             break
-        add_up(part, ZERO, pieces, 2 * channels)
-        finish_sums(part, point, grads, ZERO, channels)
-        if phase == FROZEN:
-            break
-        dx_coefficients(point, grads, count, ZERO, channels, k, NO)
-        phase = WRITE
+        if split is not None:
+            add_up(part, ZERO, pieces, 2 * channels)
+            finish_sums(part, point, grads, ZERO, channels)
+            if through is None:
+                break
+            dx_coefficients(through, point, grads, count, ZERO, channels, k)
+            phase = WRITE
 
 
 # ----------------------------------------------------------------------------------------------------------- short runs
@@ -506,7 +504,7 @@ def fused_strips(t, dy, x, dx, point, count, grads, sizes, dz, relu, w, step, ro
         )  # fmt: skip
         fold_columns(part, ONE, width, number, inner, sums)
         finish_sums(sums, point, grads, first, number)
-        dx_coefficients(point, grads, count, first, number, k, NO)
+        dx_coefficients(True, point, grads, count, first, number, k)
         for i in range(5):
             spread(k, i * number, number, inner, k_columns, i * width, width)
         block_dx(
@@ -538,20 +536,29 @@ def rows_tile(through, phase, t, dy, x, dx, centres, part, room, k, sizes, dz, r
                     dy, x, i, rows, width, columns, centres, low, relu, word, words,
                     w, step, channels, inner, w_room, part, own, own + width, room, 2 * (b * width + low),
                 )  # fmt: skip
-            if phase == FROZEN:
+            if through is None:
                 few_rows_dx(dy, None, dx, i, rows, width, columns, k, low, width, dz, relu, word, words, None)
-            elif through is not None and phase == WRITE:
+            elif phase == WRITE:
                 block_dx(
                     dy, x, dx, i, rows, width, columns, k, low, width, dz, relu, word, words,
                     w, step, channels, inner, w_room,
                 )  # fmt: skip
 
 
+@exact
+def column_coefficients(through, point, grads, count, channels, inner, width, k, k_columns):
+    """`dx_coefficients` of all channels, and those of each of `width` columns."""
+    compact()
+    dx_coefficients(through, point, grads, count, ZERO, channels, k)
+    for i in range(5):
+        spread(k, i * channels, channels, inner, k_columns, i * width, width)
+
+
 @kernel
 def backward_rows(dy, x, dx, state, eps, count, grads, through, fused, split, overwritten, sizes, dz, relu, w, step):
     """Short inner runs. `sizes` is that of `grid`; a frozen backward takes the split one."""
     total, width, channels, inner, blocks, panel, panels, whole = sizes
-    phase = FUSED if fused else SUMS if through else FROZEN
+    phase = FUSED if fused is not None else SUMS
     tiles = whole if phase == FUSED else blocks * panels
     many = total // width // blocks >= TERMS  # rows of a block
     room = np.empty(tiles * strip_room(panel, inner) if phase == FUSED else 2 * blocks * width if many else 0)
@@ -564,11 +571,9 @@ def backward_rows(dy, x, dx, state, eps, count, grads, through, fused, split, ov
     w_room = rows_like(w, tiles, (TERMS * strip_words(width, panel, inner, panels) + 1) * LANES)
     if phase != FUSED:
         spread(point, ZERO, channels, inner, columns, ZERO, width)
+    if split is not None and through is None:  # dx does not wait for the sums
+        column_coefficients(through, point, grads, count, channels, inner, width, k, k_columns)
     while True:
-        if phase == WRITE or phase == FROZEN:
-            dx_coefficients(point, grads, count, ZERO, channels, k, YES if phase == FROZEN else NO)
-            for i in range(5):
-                spread(k, i * channels, channels, inner, k_columns, i * width, width)
         for t in prange(tiles):
             tile_w = row(w_room, np.intp(t))
             if fused is not None:
@@ -580,10 +585,12 @@ def backward_rows(dy, x, dx, state, eps, count, grads, through, fused, split, ov
                 rows_tile(
                     through, phase, tile, dy, x, dx, columns, part, room, k_columns, sizes, dz, relu, w, step, tile_w
                 )
-        if phase == FUSED or phase == WRITE:
+        if phase != SUMS:
             break
-        fold_columns(part, blocks, width, channels, inner, sums)
-        finish_sums(sums, point, grads, ZERO, channels)
-        if phase == FROZEN:
-            break
-        phase = WRITE
+        if split is not None:
+            fold_columns(part, blocks, width, channels, inner, sums)
+            finish_sums(sums, point, grads, ZERO, channels)
+            if through is None:
+                break
+            column_coefficients(through, point, grads, count, channels, inner, width, k, k_columns)
+            phase = WRITE

@@ -42,11 +42,12 @@ from .leaves import (
     weighted_pivots,
 )
 
-FUSED, SUMS, WRITE = 0, 1, 2  # what a parallel region does with each of its tiles
-
 # Typed: for a literal in their place Numba would compile the called function once more.
 ZERO, ONE = np.intp(0), np.intp(1)
 YES, NO = np.bool_(True), np.bool_(False)
+
+# What a parallel region does with each of its tiles: all of it; or its sums, and in a second region the rest.
+FUSED, SUMS, WRITE = np.intp(0), np.intp(1), np.intp(2)
 
 # Numbers between what two tiles write: two cache lines, which no two threads share.
 APART = 32
@@ -150,7 +151,7 @@ def forward_runs(x, y, state, eps, count, measure, fused, split, write, sizes, z
     outer, channels, inner, group, tiles = sizes
     grid = outer, channels, inner, group, tiles
     groups = -(-channels // group) if group > 0 else 0
-    phase = FUSED if fused else SUMS if measure else WRITE
+    phase = FUSED if fused is not None else SUMS if measure is not None else WRITE
     pieces = outer * -(-inner // SEGMENT)
     # A tile allocates nothing: where that failed, Numba would lose the exception, and go on.
     room = np.empty((tiles if phase == FUSED else 0, (5 + 2 * LANES) * group + APART))
@@ -163,7 +164,7 @@ def forward_runs(x, y, state, eps, count, measure, fused, split, write, sizes, z
     elif measure is not None and phase == SUMS:
         for c in range(channels):
             pivot[c] = run_pivot(x, c, outer, channels, inner, w, step)
-    final = False
+    final = NO
     while True:
         for t in prange(tiles):
             tile_w = row(w_room, np.intp(t))
@@ -179,14 +180,14 @@ def forward_runs(x, y, state, eps, count, measure, fused, split, write, sizes, z
                 segments_tile(measure, phase, tile, x, y, part, pivot, k, grid, z, relu, w, step, tile_w, far)
         if phase != SUMS:
             break
-        if measure is not None:
+        if split is not None and measure is not None:
             add_up(part, ZERO, pieces, 2 * channels)
             if settle(part, pivot, channels, count, state, ZERO, final):
                 if not write:
                     break
                 affine(state, eps, count, ZERO, channels, k)
                 phase = WRITE
-            final = True
+            final = YES
 
 
 # ----------------------------------------------------------------------------------------------------------- short runs
@@ -328,7 +329,7 @@ def rows_tile(measure, phase, t, x, y, pivot, part, room, k, sizes, z, relu, w, 
 def forward_rows(x, y, state, eps, count, measure, fused, split, write, sizes, z, relu, w, step):
     """Short inner runs. `sizes` is that of `grid`."""
     total, width, channels, inner, blocks, panel, panels, whole = sizes
-    phase = FUSED if fused else SUMS if measure else WRITE
+    phase = FUSED if fused is not None else SUMS if measure is not None else WRITE
     tiles = whole if phase == FUSED else blocks * panels
     outer = total // (channels * inner)
     many = total // width // blocks >= TERMS  # rows of a block
@@ -344,7 +345,7 @@ def forward_rows(x, y, state, eps, count, measure, fused, split, write, sizes, z
     w_room = rows_like(w, tiles, (TERMS * strip_words(width, panel, inner, panels) + 1) * LANES)
     if measure is not None and phase == SUMS:
         row_pivots(x, ZERO, outer, channels * inner, channels, inner, w, step, pivot, columns, part, sums)
-    final = False
+    final = NO
     while True:
         if phase == SUMS:
             part[:] = 0.0
@@ -365,10 +366,10 @@ def forward_rows(x, y, state, eps, count, measure, fused, split, write, sizes, z
                 rows_tile(measure, phase, tile, x, y, columns, part, room, k_columns, sizes, z, relu, w, step, tile_w)
         if phase != SUMS:
             break
-        if measure is not None:
+        if split is not None and measure is not None:
             fold_columns(part, blocks, width, channels, inner, sums)
             if settle(sums, pivot, channels, count, state, ZERO, final):
                 if not write:
                     break
                 phase = WRITE
-            final = True
+            final = YES

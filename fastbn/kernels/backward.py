@@ -149,12 +149,12 @@ def few_rows_products(dy, x, i, rows, stride, width, centre, p, relu, word, word
             prefetch(dy, far)
             prefetch(x, far + stride)
             prefetch(dy, far + stride)
-            v, at, own = load64(centre, p + j, LANES), bits + j // LANES, r * width + j
-            add_rows(dy, x, a + j, stride, LANES, v, relu, at, words, w, own, width, sums, s + j, q + j)
+            v, at, at_w = load64(centre, p + j, LANES), bits + j // LANES, r * width + j
+            add_rows(dy, x, a + j, stride, LANES, v, relu, at, words, w, at_w, width, sums, s + j, q + j)
         if rest > 0:
             j = whole
-            v, at, own = load64(centre, p + j, rest), bits + j // LANES, r * width + j
-            add_rows(dy, x, a + j, stride, rest, v, relu, at, words, w, own, width, sums, s + j, q + j)
+            v, at, at_w = load64(centre, p + j, rest), bits + j // LANES, r * width + j
+            add_rows(dy, x, a + j, stride, rest, v, relu, at, words, w, at_w, width, sums, s + j, q + j)
     for r in range(swept, rows):
         a, bits = i + r * stride, word + r * words
         for j in range(0, whole, LANES):
@@ -268,24 +268,24 @@ def dx_run(dy, x, dx, low, high, scale, weight, slope, centre, shift, dz, relu, 
         prefetch(dy, i + AHEAD)
         prefetch(dx, i + AHEAD)
         prefetch(dz, i + AHEAD)
-        at, own = word + (i - low) // LANES, i - low
-        gradient(dy, x, dx, i, LANES, scale, weight, slope, centre, shift, dz, relu, at, w, own)
+        at, at_w = word + (i - low) // LANES, i - low
+        gradient(dy, x, dx, i, LANES, scale, weight, slope, centre, shift, dz, relu, at, w, at_w)
     if whole < high:
-        at, own, rest = word + (whole - low) // LANES, whole - low, high - whole
-        gradient(dy, x, dx, whole, rest, scale, weight, slope, centre, shift, dz, relu, at, w, own)
+        at, at_w, rest = word + (whole - low) // LANES, whole - low, high - whole
+        gradient(dy, x, dx, whole, rest, scale, weight, slope, centre, shift, dz, relu, at, w, at_w)
 
 
 @elementwise
-def column(dy, x, dx, i, n, k, j, width, dz, relu, word, w, own):
-    """`gradient` of a piece of columns, whose coefficients are rows of `width` in k, from its j-th on."""
+def gradient_of_columns(dy, x, dx, i, n, k, j, width, dz, relu, word, w, at_w):
+    """`gradient` of a piece of a row: coefficients for each column, rows of `width` in k, from the j-th on."""
     inlined()
     scale, weight, slope = load(k, j, n, dx), load(k, width + j, n, dx), load(k, 2 * width + j, n, dx)
     centre, shift = load(k, 3 * width + j, n, dx), load(k, 4 * width + j, n, dx)
-    gradient(dy, x, dx, i, n, scale, weight, slope, centre, shift, dz, relu, word, w, own)
+    gradient(dy, x, dx, i, n, scale, weight, slope, centre, shift, dz, relu, word, w, at_w)
 
 
 @elementwise
-def few_rows_dx(dy, x, dx, i, rows, stride, width, k, low, k_width, dz, relu, word, words, w):
+def dx_rows(dy, x, dx, i, rows, stride, width, k, low, k_width, dz, relu, word, words, w):
     """`gradient` of `rows` rows of `width` columns, `stride` elements apart, from element i on.
 
     The coefficients of the columns are rows of `k_width` in k, from the `low`-th on.
@@ -302,11 +302,11 @@ def few_rows_dx(dy, x, dx, i, rows, stride, width, k, low, k_width, dz, relu, wo
             prefetch(dx, far)
             prefetch(dz, far)
             at = bits + j // LANES
-            column(dy, x, dx, a + j, LANES, k, low + j, k_width, dz, relu, at, w, r * width + j)
+            gradient_of_columns(dy, x, dx, a + j, LANES, k, low + j, k_width, dz, relu, at, w, r * width + j)
         if rest > 0:
             j = whole
             at = bits + j // LANES
-            column(dy, x, dx, a + j, rest, k, low + j, k_width, dz, relu, at, w, r * width + j)
+            gradient_of_columns(dy, x, dx, a + j, rest, k, low + j, k_width, dz, relu, at, w, r * width + j)
 
 
 @exact
@@ -316,12 +316,12 @@ def block_dx(
     """The same for any number of rows, whose statistics were not held fixed."""
     compact()
     if w is None:
-        few_rows_dx(dy, x, dx, i, rows, stride, width, k, low, k_width, dz, relu, word, words, None)
+        dx_rows(dy, x, dx, i, rows, stride, width, k, low, k_width, dz, relu, word, words, None)
     else:
         for m in range(0, rows, TERMS):
             few, at, bits = min(TERMS, rows - m), i + m * stride, word + m * words
             row_weights(w, step, channels, inner, at, few, stride, width, w_room)
-            few_rows_dx(dy, x, dx, at, few, stride, width, k, low, k_width, dz, relu, bits, words, w_room)
+            dx_rows(dy, x, dx, at, few, stride, width, k, low, k_width, dz, relu, bits, words, w_room)
 
 
 # ------------------------------------------------------------------------------------------------ parts of both kernels
@@ -412,7 +412,7 @@ def fused_channels(first, last, dy, x, dx, point, count, grads, grid, dz, relu, 
 
 
 @exact
-def segments_tile(through, phase, t, dy, x, dx, part, point, k, grid, dz, relu, w, step, w_room):
+def segments_tile(through, phase, t, dy, x, dx, point, part, k, grid, dz, relu, w, step, w_room):
     """A few consecutive segments of runs: their partial sums, their dx, or both."""
     apart()
     outer, channels, inner, _, tiles = grid
@@ -430,9 +430,9 @@ def segments_tile(through, phase, t, dy, x, dx, part, point, k, grid, dz, relu, 
         centre, shift = k[3 * channels + c], k[4 * channels + c]
         if phase != WRITE:
             s, q = run_products(dy, x, low, high, point[c], relu, word, w_room)
-            own = 2 * (n * per_run + piece) * channels + c
-            part[own] = s
-            part[own + channels] = q
+            slot = 2 * (n * per_run + piece) * channels + c
+            part[slot] = s
+            part[slot + channels] = q
         if through is None:
             dx_run(dy, None, dx, low, high, scale, weight, slope, centre, shift, dz, relu, word, w_room)
         elif phase == WRITE:
@@ -466,7 +466,7 @@ def backward_runs(dy, x, dx, state, eps, count, grads, through, fused, split, ov
                 )  # fmt: skip
             if split is not None:
                 tile = tiles - 1 - np.intp(t) if phase == WRITE else np.intp(t)  # the second pass goes back
-                segments_tile(through, phase, tile, dy, x, dx, part, point, k, grid, dz, relu, w, step, tile_w)
+                segments_tile(through, phase, tile, dy, x, dx, point, part, k, grid, dz, relu, w, step, tile_w)
         if phase != SUMS:
             break
         if split is not None:
@@ -489,7 +489,7 @@ def fused_strips(t, dy, x, dx, point, count, grads, sizes, dz, relu, w, step, ro
     outer, wide = total // stride, panel * inner
     own = t * strip_room(panel, inner)
     sums, columns = room[own : own + 2 * panel], room[own + 2 * panel :]
-    part, more = columns[wide:], columns[3 * wide :]
+    part, few = columns[wide:], columns[3 * wide :]  # both sums of all rows; of TERMS of them
     k, k_columns = k[t * (5 * panel + APART) :], k_columns[t * (5 * wide + APART) :]
     words = strip_words(stride, panel, inner, panels)
     for p in range(t * panels // tiles, (t + 1) * panels // tiles):
@@ -500,7 +500,7 @@ def fused_strips(t, dy, x, dx, point, count, grads, sizes, dz, relu, w, step, ro
         spread(point, first, number, inner, columns, ZERO, width)
         block_products(
             dy, x, start, outer, stride, width, columns, ZERO, relu, p * words, panels * words,
-            w, step, channels, inner, w_room, part, ZERO, width, more, ZERO,
+            w, step, channels, inner, w_room, part, ZERO, width, few, ZERO,
         )  # fmt: skip
         fold_columns(part, ONE, width, number, inner, sums)
         finish_sums(sums, point, grads, first, number)
@@ -531,13 +531,13 @@ def rows_tile(through, phase, t, dy, x, dx, centres, part, room, k, sizes, dz, r
         columns = total - full * width if last else high - low  # the last row may not be full: then it is one strip
         if rows * columns > 0:
             if phase != WRITE:
-                own = 2 * b * width + low
+                slot = 2 * b * width + low
                 block_products(
                     dy, x, i, rows, width, columns, centres, low, relu, word, words,
-                    w, step, channels, inner, w_room, part, own, own + width, room, 2 * (b * width + low),
+                    w, step, channels, inner, w_room, part, slot, slot + width, room, 2 * (b * width + low),
                 )  # fmt: skip
             if through is None:
-                few_rows_dx(dy, None, dx, i, rows, width, columns, k, low, width, dz, relu, word, words, None)
+                dx_rows(dy, None, dx, i, rows, width, columns, k, low, width, dz, relu, word, words, None)
             elif phase == WRITE:
                 block_dx(
                     dy, x, dx, i, rows, width, columns, k, low, width, dz, relu, word, words,

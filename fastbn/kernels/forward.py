@@ -110,12 +110,12 @@ def fused_channels(first, last, x, y, state, eps, count, write, grid, z, relu, w
                 sum_group(
                     x, y, j, j, outer, stride, inner, up, False, k, z, relu, pivot, then, w, step, w_room, lanes, sums
                 )  # fmt: skip
-            if settle(sums, pivot, then, count, state, c + group, attempt == 1):
+            if settle(sums, pivot, count, state, c + group, then, attempt == 1):
                 break
 
 
 @exact
-def segments_tile(measure, phase, t, x, y, part, pivot, k, grid, z, relu, w, step, w_room, far):
+def segments_tile(measure, phase, t, x, y, pivot, part, k, grid, z, relu, w, step, w_room, far):
     """A few consecutive segments of runs: their partial sums, or their y."""
     apart()
     outer, channels, inner, _, tiles = grid
@@ -132,9 +132,9 @@ def segments_tile(measure, phase, t, x, y, part, pivot, k, grid, z, relu, w, ste
         if measure is not None and phase == SUMS:
             run_weights(w, step, n, c, start, high - low, w_room)
             s, q = run_sums(x, low, high, pivot[c], w_room)
-            own = 2 * (n * per_run + piece) * channels + c
-            part[own] = s
-            part[own + channels] = q
+            slot = 2 * (n * per_run + piece) * channels + c
+            part[slot] = s
+            part[slot + channels] = q
         else:
             word = run * -(-inner // LANES) + start // LANES
             at = low
@@ -177,12 +177,12 @@ def forward_runs(x, y, state, eps, count, measure, fused, split, write, sizes, z
                 )  # fmt: skip
             if split is not None:
                 tile = tiles - 1 - np.intp(t) if phase == WRITE and measure else np.intp(t)  # the second pass goes back
-                segments_tile(measure, phase, tile, x, y, part, pivot, k, grid, z, relu, w, step, tile_w, far)
+                segments_tile(measure, phase, tile, x, y, pivot, part, k, grid, z, relu, w, step, tile_w, far)
         if phase != SUMS:
             break
         if split is not None and measure is not None:
             add_up(part, ZERO, pieces, 2 * channels)
-            if settle(part, pivot, channels, count, state, ZERO, final):
+            if settle(part, pivot, count, state, ZERO, channels, final):
                 if not write:
                     break
                 affine(state, eps, count, ZERO, channels, k)
@@ -255,7 +255,7 @@ def fused_strips(t, x, y, state, eps, count, write, sizes, z, relu, w, step, roo
     outer, wide = total // stride, panel * inner
     own = t * strip_room(panel, inner)
     pivot, sums, columns = room[own : own + panel], room[own + panel : own + 3 * panel], room[own + 3 * panel :]
-    part, more = columns[wide:], columns[3 * wide :]
+    part, few = columns[wide:], columns[3 * wide :]  # s and q of all rows; of TERMS of them
     k, k_columns = k[t * (3 * panel + APART) :], k_columns[t * (3 * wide + APART) :]
     words = strip_words(stride, panel, inner, panels)
     for p in range(t * panels // tiles, (t + 1) * panels // tiles):
@@ -268,23 +268,26 @@ def fused_strips(t, x, y, state, eps, count, write, sizes, z, relu, w, step, roo
             spread(pivot, ZERO, number, inner, columns, ZERO, width)
             block_sums(
                 x, start, outer, stride, width, columns, ZERO, w, step, channels, inner, w_room,
-                part, ZERO, width, more, ZERO,
+                part, ZERO, width, few, ZERO,
             )  # fmt: skip
             fold_columns(part, ONE, width, number, inner, sums)
-            if settle(sums, pivot, number, count, state, first, attempt == 1):
+            if settle(sums, pivot, count, state, first, number, attempt == 1):
                 break
         if write:
             affine(state, eps, count, first, number, k)
             for i in range(3):
                 spread(k, i * number, number, inner, k_columns, i * width, width)
             normalize_rows(
-                x, y, start, outer, stride, width, k_columns, ZERO, width, 2 * width, z, relu, p * words, panels * words
+                x, y, start, outer, stride, width, k_columns, ZERO, width, z, relu, p * words, panels * words
             )
 
 
 @exact
 def strip_room(panel, inner):
-    """The numbers that a fused tile of rows needs: three for each channel of a strip, five for each column."""
+    """The numbers that a fused tile of rows needs: pivot, s and q of each channel of a strip, five of each column.
+
+    Those are its pivot, s and q of all rows, and s and q of TERMS of them.
+    """
     return 3 * panel + 5 * panel * inner + APART
 
 
@@ -313,16 +316,14 @@ def rows_tile(measure, phase, t, x, y, pivot, part, room, k, sizes, z, relu, w, 
         if rows * columns == 0:
             continue
         if measure is not None and phase == SUMS:
-            own = 2 * b * width + low
+            slot = 2 * b * width + low
             block_sums(
                 x, i, rows, width, columns, pivot, low, w, step, channels, inner, w_room,
-                part, own, own + width, room, 2 * (b * width + low),
+                part, slot, slot + width, room, 2 * (b * width + low),
             )  # fmt: skip
         else:
             word = (r * panels + p) * words
-            normalize_rows(
-                x, y, i, rows, width, columns, k, low, width + low, 2 * width + low, z, relu, word, panels * words
-            )
+            normalize_rows(x, y, i, rows, width, columns, k, low, width, z, relu, word, panels * words)
 
 
 @kernel
@@ -334,8 +335,8 @@ def forward_rows(x, y, state, eps, count, measure, fused, split, write, sizes, z
     outer = total // (channels * inner)
     many = total // width // blocks >= TERMS  # rows of a block
     # A tile allocates nothing: where that failed, Numba would lose the exception, and go on.
-    own = tiles * strip_room(panel, inner) if phase == FUSED else 2 * blocks * width if phase == SUMS and many else 0
-    room = np.empty(own)
+    split_room = 2 * blocks * width if phase == SUMS and many else 0
+    room = np.empty(tiles * strip_room(panel, inner) if phase == FUSED else split_room)
     pivot = np.empty(channels if phase == SUMS else 0)
     sums = np.empty(2 * channels if phase == SUMS else 0)
     columns = np.empty(width if phase == SUMS else 0)
@@ -368,7 +369,7 @@ def forward_rows(x, y, state, eps, count, measure, fused, split, write, sizes, z
             break
         if split is not None and measure is not None:
             fold_columns(part, blocks, width, channels, inner, sums)
-            if settle(sums, pivot, channels, count, state, ZERO, final):
+            if settle(sums, pivot, count, state, ZERO, channels, final):
                 if not write:
                     break
                 phase = WRITE

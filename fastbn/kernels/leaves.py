@@ -350,7 +350,7 @@ def add_up(a, first, number, size):
 
 
 @exact
-def settle(sums, pivot, number, count, state, first, final):
+def settle(sums, pivot, count, state, first, number, final):
     """Mean and m2 of `number` channels from `first` on, from `sums`: s of each channel, then q of each.
 
     `count` is the sum of the weights, for all channels or for each. Returns True when done. False: some pivots were too
@@ -494,15 +494,16 @@ def sum_group(x, y, i, j, outer, stride, inner, up, write, k3, z, relu, pivot, g
 
 
 @elementwise
-def normalize_rows(x, y, i, rows, stride, width, k, centre, scale, shift, z, relu, word, words):
+def normalize_rows(x, y, i, rows, stride, width, k, low, k_width, z, relu, word, words):
     """Write y of `rows` rows, `stride` elements apart, from y[i] on.
 
-    The coefficients of the `width` columns start at k[centre], k[scale] and k[shift], the bits of the rows at
-    relu[word], `words` apart.
+    The coefficients of the `width` columns are rows of `k_width` in k, from the `low`-th on; the bits of the rows start
+    at relu[word], `words` apart.
     """
     compact()
     whole = width // LANES * LANES
     rest = width - whole
+    centre, scale, shift = low, k_width + low, 2 * k_width + low
     for r in range(rows):
         a, bits = i + r * stride, word + r * words
         for j in range(0, whole, LANES):

@@ -18,6 +18,17 @@ The contract of every kernel:
    numbers at a time are added one after another (`grid`): that bounds the rounding error.
 6. Sums start at ``np.float64(0.0)``, so that the plain Python function computes the same.
 
+Names, the same in every file:
+
+- n, c, k: a sample, a channel, an element of a run; i, j: positions in flat arrays; low to high: a range of them
+- state: the rows mean, m2, gamma, beta; count: values of a channel, or the sum of its weights; sizes: see `grid.Grid`
+- part: sums of tiles that are not added up yet; slot: where in it those of a segment or block start
+- k as an array, k3, k5: the coefficients of the affine map, one row after another; k_columns: the same by column
+- w, step: weights, and their steps in samples, channels and elements; w_room: those of one piece or some rows, side by
+  side; at_w: a position in it
+- relu: see `forward`; word: a position in its bits; words: how many a run or row has, or by how many rows are apart
+- room: where a tile writes what it needs meanwhile; number: of channels; first: the first of them
+
 The submodules load on first use, because they import Numba.
 """
 

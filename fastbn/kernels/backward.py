@@ -469,7 +469,7 @@ def backward_runs(dy, x, dx, state, eps, count, grads, through, fused, split, ov
                 segments_tile(through, phase, tile, dy, x, dx, point, part, k, grid, dz, relu, w, step, tile_w)
         if phase != SUMS:
             break
-        if split is not None:
+        if split is not None:  # phase says so; this leaves it out of the machine code
             add_up(part, ZERO, pieces, 2 * channels)
             finish_sums(part, point, grads, ZERO, channels)
             if through is None:

@@ -13,8 +13,8 @@ fused   True: tiles hold whole channels, whose statistics come from x. split: Tr
         None: no call needs both, and either takes long to compile
 z       the residual, laid out as y
 relu    True: y is rectified. An array of uint16: so it is, and a bit for each element says whether y > 0
-w       weights in the statistics, with their steps in samples, channels and elements of a run; the count is then an
-        array, the sum of the weights of each channel
+w       weights in the statistics, and in `step` their steps in samples, channels and elements of a run; the count is
+        then an array, the sum of the weights of each channel
 far     x lies in another order than y: its steps in samples, channels and elements of y's runs (y alone)
 
 Memory traffic: fused tiles read x once and write y once. Split tiles read x twice, the second time from the end, where
@@ -180,7 +180,7 @@ def forward_runs(x, y, state, eps, count, measure, fused, split, write, sizes, z
                 segments_tile(measure, phase, tile, x, y, pivot, part, k, grid, z, relu, w, step, tile_w, far)
         if phase != SUMS:
             break
-        if split is not None and measure is not None:
+        if split is not None and measure is not None:  # phase says so; this leaves it out of the machine code
             add_up(part, ZERO, pieces, 2 * channels)
             if settle(part, pivot, count, state, ZERO, channels, final):
                 if not write:

@@ -10,7 +10,8 @@ they leave everything as it is. One loop serves all formulas, and what it compil
 
 A piece is n <= 16 elements from an array's element i on; where n is LANES itself, it needs no mask.
 
-Each function below is an intrinsic for Numba; with the JIT off, its namesake in `plain` takes its place.
+Each function below is an intrinsic for Numba; with the JIT off, its namesake in `plain` takes its place. The last lines
+of this file give them the names that leaves call, and say what each does.
 """
 
 import numpy as np

@@ -422,10 +422,10 @@ class Saved:
     @property
     def moments(self) -> Moments:
         """Count, mean and centred sum of squares as `Moments`, for `update_running` and merging; a copy."""
-        m = self.shared_moments()
+        m = self._shared_moments()
         with np.errstate(all="ignore"):
             m2 = np.asarray(m.m2 * self.count) if self.frozen else m.m2.copy()
-        return Moments.trusted(m.count, m.mean.copy(), m2)
+        return Moments._trusted(m.count, m.mean.copy(), m2)
 
     @property
     def eps(self) -> float:
@@ -437,7 +437,7 @@ class Saved:
         """Whether the statistics were given (`Saved.fixed`), not taken from x: to the gradients they are constants."""
         return self._frozen
 
-    def shared_moments(self) -> Moments:
+    def _shared_moments(self) -> Moments:
         """`moments` of a forward that took them from x, without a copy."""
         mean, m2, _, _ = self._state
         if self._weights is not None:
@@ -445,7 +445,7 @@ class Saved:
                 m2 = self._weights.given(m2)
         if len(self._layout.channel_shape) != 1:
             mean, m2 = (a.reshape(self._layout.channel_shape) for a in (mean, m2))
-        return Moments.trusted(self.count, mean, m2)
+        return Moments._trusted(self.count, mean, m2)
 
     def __repr__(self) -> str:
         return f"Saved(x={self.x.dtype}{self.x.shape}, channels={self._layout.channel_shape}, frozen={self.frozen})"

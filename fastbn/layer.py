@@ -595,7 +595,7 @@ class BatchNorm:
         if self.momentum is None:
             pool = self._pool + saved.moments
             return self._of(pool, mean, var), pool
-        m, momentum, correction = saved.shared_moments(), self.momentum, self.correction
+        m, momentum, correction = saved._shared_moments(), self.momentum, self.correction
         if self._like is not None:
             if CONVENTIONS[self._like].debias:
                 t = self.num_batches_tracked + 1

@@ -99,7 +99,7 @@ class Moments:
         object.__setattr__(self, "count", count)
 
     @classmethod
-    def trusted(cls, count: int | Array, mean: Array, m2: Array) -> Self:
+    def _trusted(cls, count: int | Array, mean: Array, m2: Array) -> Self:
         """Moments of values that need no check, because fastbn has computed them."""
         self = object.__new__(cls)
         object.__setattr__(self, "count", count)
@@ -175,7 +175,7 @@ class Moments:
             count, theirs, own = np.asarray(count), np.equal(a, 0), np.equal(b, 0)
             mean = np.where(theirs, other.mean, np.where(own, self.mean, mean))
             m2 = np.where(theirs, other.m2, np.where(own, self.m2, m2))
-        return Moments.trusted(count, mean, m2)
+        return Moments._trusted(count, mean, m2)
 
     def __add__(self, other: object) -> Moments:
         """The moments of both sets of values together: `merge`.
@@ -428,10 +428,10 @@ def joined(a: Moments, a_lost: Array | None, b: Moments, b_lost: Array | None) -
         sides = []
         for m, rest in ((a, a_lost), (b, b_lost)):
             high, low = two_sum(m.mean, -pivot)
-            sides.append(Moments.trusted(m.count, high + (low if rest is None else low + rest), m.m2))
+            sides.append(Moments._trusted(m.count, high + (low if rest is None else low + rest), m.m2))
         m = sides[0] + sides[1]
         mean, low = two_sum(pivot, m.mean)
-    return Moments.trusted(m.count, mean, m.m2), low
+    return Moments._trusted(m.count, mean, m.m2), low
 
 
 def two_sum(a: Array, b: Array) -> tuple[Array, Array]:
@@ -465,7 +465,7 @@ def _moments(fn: str, x: Array, axes: tuple[int, ...], where: npt.ArrayLike | No
             stats[1] = w.given(stats[1])
     mean, m2 = (s.reshape(lay.channel_shape) for s in stats)
     total = lay.per_channel if w is None else w.given(w.totals).reshape(lay.channel_shape)
-    return Moments.trusted(total, mean, m2)
+    return Moments._trusted(total, mean, m2)
 
 
 def update_running(

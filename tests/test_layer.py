@@ -419,7 +419,7 @@ class Weighted:
     def __init__(self, m):
         self.moments, self.count = m, m.count
 
-    def shared_moments(self):
+    def _shared_moments(self):
         return self.moments
 
 

@@ -63,12 +63,12 @@ def _tree(parts: Array) -> Array:
             pivot = np.where(np.isfinite(pivot), pivot, 0.0)
             high, low = two_sum(mean, -pivot)
             mean = high + (low + rest)
-        m = Moments.trusted(count, mean, m2)
+        m = Moments._trusted(count, mean, m2)
         while len(m.mean) > 1:
             even = len(m.mean) // 2 * 2
             pairs = _of(m, slice(0, even, 2)) + _of(m, slice(1, even, 2))
             odd = _of(m, slice(even, None))
-            m = Moments.trusted(*(np.concatenate([getattr(a, f) for a in (pairs, odd)]) for f in FIELDS))
+            m = Moments._trusted(*(np.concatenate([getattr(a, f) for a in (pairs, odd)]) for f in FIELDS))
         high, low = (m.mean[0], np.zeros_like(m.mean[0])) if pivot is None else two_sum(pivot, m.mean[0])
     return part(np.asarray(m.count)[0], high, low, m.m2[0])
 
@@ -80,9 +80,9 @@ FIELDS = ("count", "mean", "m2")
 
 
 def _of(m: Moments, which: slice) -> Moments:
-    return Moments.trusted(*(np.asarray(getattr(m, f))[which] for f in FIELDS))
+    return Moments._trusted(*(np.asarray(getattr(m, f))[which] for f in FIELDS))
 
 
 def moments_of(p: Array, count: int | None) -> Moments:
     """`Moments` of a part; `count` if all channels have one, else the weights that the part has."""
-    return Moments.trusted(np.array(p["count"]) if count is None else count, np.array(p["mean"]), np.array(p["m2"]))
+    return Moments._trusted(np.array(p["count"]) if count is None else count, np.array(p["mean"]), np.array(p["m2"]))

@@ -176,7 +176,7 @@ def _training(axes: Axes, eps: float) -> Callable[..., None]:
         y, mean, var, state = _arrays(out)
         x, gamma, beta = _arrays(given)
         _, saved = f.batch_norm_train(x, gamma, beta, axis=axes, eps=eps, out=y)
-        m = saved.shared_moments()
+        m = saved._shared_moments()
         with np.errstate(all="ignore"):
             mean[...], var[...] = saved.mean, saved.var
         state.view(np.float64)[..., 0] = m.mean, m.m2

@@ -224,14 +224,8 @@ class Saved:
         """Values per channel of all ranks."""
         return self.moments.count
 
-    def shared_moments(self) -> Moments:
-        """`moments` under the name that `fastbn.Saved` has for them.
-
-        Returns
-        -------
-        Moments
-        """
-        return self.moments
+    def _shared_moments(self) -> Moments:
+        return self.moments  # under the name by which a layer asks `fastbn.Saved` for them
 
     def __repr__(self) -> str:
         return f"Saved(x={self.x.dtype}{self.x.shape}, count={self.count}, rank {self.comm.rank} of {self.comm.size})"

@@ -191,8 +191,8 @@ def population(batches: Iterable[npt.ArrayLike], *, axis: int | tuple[int, ...] 
         none = np.zeros_like(m.mean)
         own = lost(x, axes, m)
         pooled, rest = joined(pooled, rest, m, own) if sizes else (m, own)
-        means = _together(means, Moments.trusted(1, m.mean, none))
-        variances = _together(variances, Moments.trusted(1, m.var(correction=1), none))
+        means = _together(means, Moments._trusted(1, m.mean, none))
+        variances = _together(variances, Moments._trusted(1, m.var(correction=1), none))
         sizes = [min([n, *sizes]), max([n, *sizes])]
     if not sizes:
         raise ValueError(f"{fn}: batches has no value, expected at least one batch")

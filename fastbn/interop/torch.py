@@ -149,7 +149,7 @@ class _OnFastbn:
         old = [a if a is not None else np.empty(0) for a in (mean, var)]
         new = old
         if mean is not None and var is not None and seen(saved.count):
-            new = list(both_moved(mean, var, saved.shared_moments(), 1.0 - weight, 1))
+            new = list(both_moved(mean, var, saved._shared_moments(), 1.0 - weight, 1))
         (to_mean, to_var), (new_mean, new_var) = old, new
         # All or none: no call between, where Ctrl-C could come.
         to_mean[...], to_var[...], batches[...] = new_mean, new_var, after

@@ -35,6 +35,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     ahead = commands.add_parser("warmup", help="compile every verb and fill the disk cache")
     ahead.add_argument("--dtypes", nargs="+", default=["float32"], help="default: float32")
     ahead.add_argument("--axes", nargs="+", type=int, default=[1, -1], help="channel axes, default: 1 -1")
+    ahead.add_argument(
+        "--parts", nargs="+", default=[], help="with these, too: activation, residual, where, residual+activation, ..."
+    )
     options = parser.parse_args(arguments)
     for name in ("rounds", "threads"):
         if getattr(options, name) is not None and getattr(options, name) < 1:
@@ -46,11 +49,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.threads is not None:
             set_num_threads(options.threads)
         if options.command == "warmup":
-            warmup(options.dtypes, options.axes, progress=sys.stderr.isatty())
+            warmup(options.dtypes, options.axes, parts=options.parts, progress=sys.stderr.isatty())
     except (TypeError, ValueError) as error:
         parser.error(str(error))
     if options.command == "warmup":
-        print(f"compiled for {', '.join(options.dtypes)} in {time.perf_counter() - start:.1f} s")
+        also = f", also with {', '.join(options.parts)}" if options.parts else ""
+        print(f"compiled for {', '.join(options.dtypes)}{also} in {time.perf_counter() - start:.1f} s")
         print(f"cache folder: {config()['cache folder']}")
         return 0
     return _table(options)

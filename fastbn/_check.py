@@ -7,7 +7,7 @@ import contextlib
 import math
 import operator
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence, Set
 from typing import Any, TypeGuard
 
 import numpy as np
@@ -383,6 +383,17 @@ def choice(fn: str, name: str, value: Any, of: Mapping[str, Any]) -> Any:
     if value not in of:
         raise ValueError(f"{fn}: {name} is {shown(value)}, expected one of {', '.join(map(repr, of))}")
     return of[value]
+
+
+def names(fn: str, name: str, value: Any, of: Collection[str]) -> frozenset[str]:
+    """One of the names in `of`, or several with + between."""
+    expected = f"{', '.join(map(repr, of))}, or several with + between"
+    if not isinstance(value, str):
+        raise TypeError(f"{fn}: {name} has {shown(value)}, expected {expected}")
+    found = frozenset(value.split("+"))
+    if not found.issubset(of):
+        raise ValueError(f"{fn}: {name} has {shown(value)}, expected {expected}")
+    return found
 
 
 def weights(fn: str, value: Any, shape: tuple[int, ...]) -> Array:

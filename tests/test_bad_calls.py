@@ -693,6 +693,10 @@ CALLS = {
                 *((what, error, [value]) for what, error, value in (*NO_AXES, *FAR)),
                 ("nothing", T, None), ("a float", T, 1.0), ("too high", V, 4), ("too low", V, [1, -5]),
             ],
+            "parts": [
+                ("nothing", T, None), ("a number", T, 1), ("names in a tuple", T, [("residual", "activation")]),
+                ("an unknown name", V, "relu"), ("no name", V, ""), ("half of two", V, ["where", "residual+"]),
+            ],
         },
     ),
 }  # fmt: skip
@@ -808,7 +812,7 @@ KEYWORDS = {
     "backward": ("x", "where"),
     "fold_conv": ("data_format", "transpose", "axis"),
     "fold_linear": ("groups", "transposed"),
-    "warmup": ("dtype", "verbose"),
+    "warmup": ("dtype", "part", "verbose"),
 }
 
 

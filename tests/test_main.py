@@ -262,12 +262,17 @@ def test_threads(monkeypatch, capsys):
 
 def test_warmup_says_what_it_did(monkeypatch, capsys):
     asked = []
-    monkeypatch.setattr(cli, "warmup", lambda *given, progress: asked.append((*given, progress)))
+    monkeypatch.setattr(cli, "warmup", lambda *given, parts, progress: asked.append((*given, parts, progress)))
     assert cli.main(["warmup", "--dtypes", "float64", "int8", "--axes", "1"]) == 0
-    assert asked == [(["float64", "int8"], [1], False)]
-    first, second = capsys.readouterr().out.splitlines()
+    assert cli.main(["warmup", "--parts", "where", "residual+activation"]) == 0
+    assert asked == [
+        (["float64", "int8"], [1], [], False),
+        (["float32"], [1, -1], ["where", "residual+activation"], False),
+    ]
+    first, second, third, _ = capsys.readouterr().out.splitlines()
     assert first.startswith("compiled for float64, int8 in ")
     assert second.startswith("cache folder: ")
+    assert third.startswith("compiled for float32, also with where, residual+activation in ")
 
 
 def test_as_a_script(monkeypatch, capsys):
@@ -392,24 +397,44 @@ def test_a_plot_that_cannot_be_is_refused_at_once(monkeypatch, capsys, path, say
     assert says in capsys.readouterr().err
 
 
+# What a call may have besides, as warmup names it, and how many kinds of argument each kernel then meets: fused tiles,
+# split ones, given statistics; an inference keeps no bits of the signs of y, but a frozen forward does.
+KINDS = {
+    "": [3, 3],
+    "residual+activation": [7, 6],
+    "where": [5, 5],
+}
+
+
 @pytest.mark.jit("nothing is compiled")
-def test_warmup_compiles_everything_it_names():
+@pytest.mark.parametrize("parts", KINDS)
+def test_warmup_compiles_everything_it_names(parts):
+    forward, backward = KINDS[parts]
     code = (
         "import numpy as np, fastbn\n"
         "from fastbn.__main__ import main\n"
-        "assert main(['warmup', '--dtypes', 'float32', '--axes', '1']) == 0\n"
+        f"parts = {parts!r}\n"
+        "assert main(['warmup', '--dtypes', 'float32', '--axes', '1', *(['--parts', parts] if parts else [])]) == 0\n"
         "from fastbn import kernels\n"
         "ks = [kernels.forward.forward_runs, kernels.forward.forward_rows,\n"
         "      kernels.backward.backward_runs, kernels.backward.backward_rows]\n"
         "count = lambda: [len(b.signatures) for k in ks for b in (k.serial, k.parallel)]\n"
         "before = count()\n"
-        "assert before == [3] * 8, before\n"  # of fused tiles, of split ones, with given statistics
+        f"assert before == [{forward}] * 4 + [{backward}] * 4, before\n"
         "for shape in ((4, 3, 5, 5), (4, 3, 50, 50), (64, 64, 30, 30), (1000, 100, 2), (1000, 9, 2), (90, 3, 99, 9)):\n"
-        "    y, saved = fastbn.batch_norm_train(np.ones(shape, np.float32))\n"
-        "    fastbn.batch_norm_backward(y, saved)\n"
-        "    fastbn.batch_norm_backward(y, fastbn.Saved.fixed(y, 0, 1))\n"
-        "    fastbn.batch_norm(y, 0, 1)\n"
-        "    fastbn.moments(y)\n"
+        "    x = np.ones(shape, np.float32)\n"
+        "    for given in ({}, {'residual': x, 'activation': 'relu', 'where': np.arange(shape[-1]) > 0}):\n"
+        "        given = {name: v for name, v in given.items() if name in parts}\n"
+        "        where = {'where': given.pop('where')} if 'where' in given else {}\n"
+        "        y, saved = fastbn.batch_norm_train(x, **where, **given)\n"
+        "        fastbn.batch_norm_backward(y, saved)\n"
+        "        fastbn.batch_norm_backward(y, fastbn.Saved.fixed(y, 0, 1, **given))\n"
+        "        fastbn.batch_norm(y, 0, 1, **given)\n"
+        "        fastbn.moments(y, **where)\n"
+        "        bn = fastbn.BatchNorm(shape[1], activation=given.pop('activation', None))\n"
+        "        for layer in (bn, bn.eval()):\n"
+        "            layer(x, save=True, **where, **given)\n"
+        "            layer.backward(x)\n"
         "assert count() == before\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)

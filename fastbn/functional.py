@@ -14,6 +14,8 @@ from ._threads import run
 from .moments import Moments
 
 Array = npt.NDArray[Any]
+Relu = Array | Literal[True] | None
+"""No activation, one, or one that leaves the bits of y > 0 in an array."""
 
 
 def batch_norm(
@@ -324,7 +326,7 @@ class Saved:
         eps: float = 1e-5,
         residual: npt.ArrayLike | None = None,
         activation: Literal["relu"] | None = None,
-    ) -> Self:
+    ) -> Saved:
         """Make what the backward of ``batch_norm(x, mean, var, gamma, beta)`` needs: a frozen layer.
 
         An inference call by itself keeps nothing alive; this refers to x.
@@ -371,7 +373,7 @@ class Saved:
             "Saved.fixed", x, mean, var, gamma, beta, axis=axis, eps=eps, residual=residual, activation=activation,
             out=None, keep=True, write=activation is not None,
         )[1]  # fmt: skip
-        assert isinstance(saved, cls)
+        assert saved is not None  # because of keep=True
         return saved
 
     @classmethod
@@ -387,7 +389,7 @@ class Saved:
         lay = layout_of(x, axis)
         if dtypes is None:
             y = _check.result_dtype(x)
-            dtypes = y, _dtype_of(gamma, y), _dtype_of(beta, y)
+            dtypes = _dtypes(y, gamma, beta)
         return cls(
             x, lay, _state(lay, gamma, beta, mean, m2), eps, dtypes=dtypes, frozen=frozen, overwritten=False,
             residual=False, bits=None, weights=None,
@@ -399,7 +401,7 @@ class Saved:
         return self._x
 
     @property
-    def count(self) -> Any:
+    def count(self) -> int | Array:
         """Values per channel, an int; with weights the sum of each channel's, a (C,) float64 array."""
         if self._weights is None:
             return self._layout.per_channel
@@ -451,7 +453,7 @@ class Saved:
         return f"Saved(x={self.x.dtype}{self.x.shape}, channels={self._layout.channel_shape}, frozen={self.frozen})"
 
     @property
-    def _divisor(self) -> Any:
+    def _divisor(self) -> float | Array:
         # A forward leaves m2 in the second row of the state; where the statistics were given it is the variance.
         if self._weights is not None:
             return self._weights.totals
@@ -467,15 +469,6 @@ def _parameters(fn: str, gamma: Any, beta: Any, lay: Layout, of: _check.Of) -> t
     return (
         None if gamma is None else _check.parameter(fn, "gamma", gamma, lay.channel_shape, of),
         None if beta is None else _check.parameter(fn, "beta", beta, lay.channel_shape, of),
-    )
-
-
-def _statistics(
-    fn: str, mean: Any, var: Any, lay: Layout, of: _check.Of, names: tuple[str, str]
-) -> tuple[Array, Array]:
-    return (
-        _check.parameter(fn, names[0], mean, lay.channel_shape, of),
-        _check.variance(fn, names[1], var, lay.channel_shape, of),
     )
 
 
@@ -508,16 +501,22 @@ def _dtype_of(parameter: Array | None, y: np.dtype[Any]) -> np.dtype[Any]:
     return default if not _check.floating(dtype) else dtype if dtype.isnative else dtype.newbyteorder("=")
 
 
+def _dtypes(y: np.dtype[Any], gamma: Array | None, beta: Array | None) -> tuple[np.dtype[Any], ...]:
+    """Those of y, dgamma and dbeta."""
+    return y, _dtype_of(gamma, y), _dtype_of(beta, y)
+
+
 def _forward(
-    x: Array, y: Array, state: Array, eps: float, count: Any, lay: Layout, z: Array | None, relu: Any,
-    weights: Weights | None, *, measure: bool,
+    x: Array, y: Array, state: Array, eps: float, count: float | Array, lay: Layout, z: Array | None, relu: Relu,
+    weights: Weights | None = None, *, measure: bool, far: Array | None = None,
 ) -> None:  # fmt: skip
+    """Run the forward kernel of this layout on flat arrays; what else it takes is explained in `kernels.forward`."""
     grid = lay.whole if measure else lay.split
     flat, step = (None, None) if weights is None else (weights.flat, weights.step)
     arguments = x, y, state, eps, count, measure or None, *grid.kind, True, grid.sizes, z, relu, flat, step
     if grid.runs:
-        run(kernels.forward.forward_runs, lay.size, *arguments, None)
-    else:
+        run(kernels.forward.forward_runs, lay.size, *arguments, far)
+    else:  # which have no `far`
         run(kernels.forward.forward_rows, lay.size, *arguments)
 
 
@@ -567,8 +566,8 @@ def trained(
     y = target.finish()
     saved = Saved(
         np.asarray(y) if overwritten == "x" else x, lay, state, eps,
-        dtypes=(dtype, _dtype_of(gamma, dtype), _dtype_of(beta, dtype)), frozen=False,
-        overwritten=overwritten == "x", residual=z is not None, bits=bits, weights=weights,
+        dtypes=_dtypes(dtype, gamma, beta), frozen=False, overwritten=overwritten == "x",
+        residual=z is not None, bits=bits, weights=weights,
     )  # fmt: skip
     return y, saved
 
@@ -616,15 +615,17 @@ def frozen(
     fn: str, x: Any, mean: Any, var: Any, gamma: Any, beta: Any, *, axis: Any, eps: Any, residual: Any = None,
     activation: Any = None, out: Any = None, keep: bool, write: bool = True, names: tuple[str, str] = ("mean", "var"),
 ) -> tuple[Array, Saved | None]:  # fmt: skip
-    """y with given statistics, and what the backward needs if it is to `keep` that. Not to `write` y: it is nonsense.
+    """y with given statistics, and with `keep` what the backward needs; without `write` no y is computed.
 
-    Parameters and errors are those of `batch_norm`, in the name of `fn`, where the statistics have these `names`.
+    Parameters and errors are those of `batch_norm`, in the name of `fn`, where the statistics have these `names`. What
+    stands for y that is not computed means nothing.
     """
     x = _check.array(fn, "x", x)
     axes = _check.axes(fn, axis, x.shape)
     lay = layout_of(x, axes)
     eps = _check.eps(fn, eps)
-    mean, var = _statistics(fn, mean, var, lay, (x, axis), names)
+    mean = _check.parameter(fn, names[0], mean, lay.channel_shape, (x, axis))
+    var = _check.variance(fn, names[1], var, lay.channel_shape, (x, axis))
     gamma, beta = _parameters(fn, gamma, beta, lay, (x, axis))
     state = _state(lay, gamma, beta, mean, var)
     dtype = _check.result_dtype(x, out)
@@ -638,16 +639,16 @@ def frozen(
     if not keep:
         return y, None
     return y, Saved(
-        x, lay, state, eps, dtypes=(dtype, _dtype_of(gamma, dtype), _dtype_of(beta, dtype)), frozen=True,
-        overwritten=False, residual=z is not None, bits=bits, weights=None,
+        x, lay, state, eps, dtypes=_dtypes(dtype, gamma, beta), frozen=True, overwritten=False,
+        residual=z is not None, bits=bits, weights=None,
     )  # fmt: skip
 
 
 def _inference(
-    x: Array, axes: tuple[int, ...], lay: Layout, state: Array, eps: float, z: Array | None, relu: Any,
+    x: Array, axes: tuple[int, ...], lay: Layout, state: Array, eps: float, z: Array | None, relu: Relu,
     dtype: np.dtype[Any], out: Array | None,
 ) -> Array:  # fmt: skip
-    """y with given statistics. `relu` is None, True, or the array that receives the bits of y > 0."""
+    """y with given statistics."""
     kept = isinstance(relu, np.ndarray)  # bits in the order of x
     if out is not None and lay.size and not kept and is_dense(x, lay) and not is_dense(np.asarray(out), lay):
         # In another order than x: where that has long runs, x is read in it, wherever it lies.
@@ -655,15 +656,12 @@ def _inference(
         far = steps_in(x, axes, other) if other.split.runs and is_dense(np.asarray(out), other) else None
         if far is not None:
             target, part = Target(x, dtype, other, out), None if z is None else source(z, other, dtype)
-            run(
-                kernels.forward.forward_runs, lay.size, source(x, lay), target.flat, state, eps, 1.0,
-                None, *other.split.kind, True, other.split.sizes, part, relu, None, None, far,
-            )  # fmt: skip
+            _forward(source(x, lay), target.flat, state, eps, 1.0, other, part, relu, measure=False, far=far)
             return target.finish()
     target = Target(x, dtype, lay, out)
     if lay.size:
         safe = z is None or out is None or not np.may_share_memory(out, z)
         given = target.source(x, lay) if safe else source(x, lay)
         part = None if z is None else source(z, lay, dtype)
-        _forward(given, target.flat, state, eps, 1.0, lay, part, relu, None, measure=False)
+        _forward(given, target.flat, state, eps, 1.0, lay, part, relu, measure=False)
     return target.finish()

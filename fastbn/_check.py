@@ -8,7 +8,7 @@ import math
 import operator
 import sys
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence, Set
-from typing import Any, TypeGuard
+from typing import Any, TypeGuard, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +16,7 @@ import numpy.typing as npt
 from ._layout import Layout
 
 Array = npt.NDArray[Any]
+T = TypeVar("T")
 FLOAT32, FLOAT64 = np.dtype(np.float32), np.dtype(np.float64)
 EXPECTED = "float16, bfloat16, float32, float64, an integer dtype or bool"
 FLOATS = ("float16", "bfloat16", "float32", "float64")
@@ -180,7 +181,7 @@ def number(fn: str, name: str, value: Any, low: float, high: float | None = None
         raise ValueError(f"{fn}: {name} is beyond float64, expected {expected}") from None
     except Exception:
         raise TypeError(f"{fn}: {name} is {shown(value)}, expected {expected}") from None
-    if not (low <= v <= high if high is not None else low <= v < float("inf")):
+    if not (low <= v <= high if high is not None else low <= v < math.inf):
         raise ValueError(f"{fn}: {name} is {shown(value)}, expected {expected}")
     return v
 
@@ -376,7 +377,7 @@ def activation(fn: str, value: Any) -> bool:
     return True
 
 
-def choice(fn: str, name: str, value: Any, of: Mapping[str, Any]) -> Any:
+def choice(fn: str, name: str, value: Any, of: Mapping[str, T]) -> T:
     """What stands under one of the names in `of`."""
     if not isinstance(value, str):
         raise TypeError(f"{fn}: {name} is {shown(value)}, expected one of {', '.join(map(repr, of))}")
@@ -410,13 +411,18 @@ def weights(fn: str, value: Any, shape: tuple[int, ...]) -> Array:
         raise ValueError(f"{fn}: where has shape {w.shape}, expected one that broadcasts to that of x, {shape}{hint}")
     if w.dtype.kind == "b":
         return w
-    with np.errstate(all="ignore"):  # whatever the caller's: NaN is refused, not warned of
+    with np.errstate(all="ignore"):
         own = w.dtype.newbyteorder("=")
         w = w.astype(own if own in (FLOAT32, FLOAT64) else FLOAT64, copy=False)
+    _finite_weights(fn, "where", w)
+    return w
+
+
+def _finite_weights(fn: str, name: str, w: Array) -> None:
+    with np.errstate(all="ignore"):  # whatever the caller's: NaN is refused, not warned of
         bad = ~((w >= 0) & (w < np.inf))
     if bad.any():
-        raise ValueError(f"{fn}: where is {_first(w, bad)}, expected finite weights of at least 0")
-    return w
+        raise ValueError(f"{fn}: {name} is {_first(w, bad)}, expected finite weights of at least 0")
 
 
 def total_weights(fn: str, totals: Array) -> None:
@@ -583,9 +589,7 @@ def count_or_weights(fn: str, name: str, value: Any, shape: tuple[int, ...], of:
         raise ValueError(f"{fn}: {name} has shape {value.shape}, expected {shape}{_origin(of, value.shape)}")
     with np.errstate(all="ignore"):
         weights = np.array(value, np.float64)
-        bad = ~((weights >= 0) & (weights < np.inf))
-    if bad.any():
-        raise ValueError(f"{fn}: {name} is {_first(weights, bad)}, expected finite weights of at least 0")
+    _finite_weights(fn, name, weights)
     return weights
 
 

@@ -151,9 +151,14 @@ def source(x: Array, lay: Layout, dtype: np.dtype[Any] | None = None) -> Array:
     wanted = dtype or x.dtype.newbyteorder("=")
     if is_dense(x, lay) and x.dtype == wanted:
         return flat(x, lay)
-    ordered = np.empty([x.shape[a] for a in lay.order], wanted)
-    _copy(ordered.transpose(np.argsort(lay.order)), x)
-    return flat(ordered.transpose(np.argsort(lay.order)), lay)
+    copy = _in_order(x.shape, wanted, lay)
+    _copy(copy, x)
+    return flat(copy, lay)
+
+
+def _in_order(shape: tuple[int, ...], dtype: np.dtype[Any], lay: Layout) -> Array:
+    """An uninitialized array that is dense in the layout's order."""
+    return np.empty([shape[a] for a in lay.order], dtype).transpose(np.argsort(lay.order))
 
 
 def _copy(to: Array, x: Array) -> None:
@@ -174,8 +179,7 @@ class Target:
         self._dense = np.asarray(self.array)  # of a subclass: np.matrix cannot be made 1-d
         self._elsewhere = not is_dense(self._dense, lay)
         if self._elsewhere:
-            ordered = np.empty([like.shape[a] for a in lay.order], dtype)
-            self._dense = ordered.transpose(np.argsort(lay.order))
+            self._dense = _in_order(like.shape, dtype, lay)
         self.flat = flat(self._dense, lay)
 
     def source(self, x: Array, lay: Layout, *, convert: bool = False) -> Array:

@@ -13,7 +13,6 @@ from .layer import BatchNorm
 Array = npt.NDArray[Any]
 
 FLOATING = "float32, float64, float16 or bfloat16"
-HALVES = ("float16", "bfloat16")  # by name: the second is of ml_dtypes, which need not be there
 
 # The names that `layout` may have, and the axes of the weight that each stands for. O and I: outputs and inputs.
 LINEAR = {name: name for name in ("OI", "IO")}
@@ -159,7 +158,7 @@ def _folded(
     `names` are the layouts that there are, for the message where `layout`, with these `axes`, does not fit.
     """
     w = _check.plain_array(fn, "weight", weight, FLOATING)
-    if not (w.dtype.name in HALVES or (w.dtype.kind == "f" and w.dtype.itemsize in (4, 8))):
+    if not _check.floating(w.dtype):
         raise TypeError(f"{fn}: weight has dtype {w.dtype}, expected {FLOATING}")
     if w.ndim != len(axes):
         raise ValueError(f"{fn}: weight has shape {w.shape}, expected {len(axes)} axes, those of {layout}")
@@ -174,9 +173,7 @@ def _folded(
         raise ValueError(f"{has}{outputs} outputs, expected {channels // shared}, {of}{hint}")
     if inputs % shared:
         raise ValueError(f"{has}{inputs} inputs, expected a multiple of groups={shared}")
-    b = _check.plain_array(fn, "bias", 0.0 if bias is None else bias)
-    b = b.astype(np.float32) if b.dtype.name in HALVES else b
-    b = _check.parameter(fn, "bias", b, bn.channels, ", the channels of bn")
+    b = _check.parameter(fn, "bias", 0.0 if bias is None else bias, bn.channels, ", the channels of bn")
     mean, scale, beta = bn._affine(fn)
 
     dtype = np.dtype(w.dtype.type)  # in the byte order of the machine

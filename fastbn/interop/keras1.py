@@ -75,7 +75,7 @@ def l1l2(l1: float = 0.01, l2: float = 0.01) -> Penalty:
     return Penalty(l1, l2)
 
 
-REGULARIZERS = {"l1": l1, "l2": l2, "l1l2": l1l2}
+REGULARIZERS: dict[str, Callable[[], Penalty]] = {"l1": l1, "l2": l2, "l1l2": l1l2}
 
 
 class BatchNormalization:

@@ -14,6 +14,7 @@ from . import __version__, _measure, _peers, _plot, get_num_threads, set_num_thr
 from ._config import config
 from ._measure import BATCH, OPERATIONS, RESNET50, YARDSTICKS, Layer, Operation, measured, ratio, table_sum
 from ._peers import Peer
+from ._progress import terminal
 
 #: Larger errors than this, in units of the largest value of the result, are a bug: four roundings of float32.
 TOLERANCE = 4 * 2**-23
@@ -49,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.threads is not None:
             set_num_threads(options.threads)
         if options.command == "warmup":
-            warmup(options.dtypes, options.axes, parts=options.parts, progress=sys.stderr.isatty())
+            warmup(options.dtypes, options.axes, parts=options.parts, progress=terminal())
     except (TypeError, ValueError) as error:
         parser.error(str(error))
     if options.command == "warmup":
@@ -177,8 +178,8 @@ def _markdown(head: list[str], rows: list[list[str]]) -> None:
 
 
 def _progress(message: str) -> None:
-    """One line that replaces itself on a terminal; nothing where stderr is a file or a pipe."""
-    if sys.stderr.isatty():
+    """One line that replaces itself on a terminal; nothing where stderr is none."""
+    if terminal():
         print(f"\r\033[K{message}", end="", file=sys.stderr, flush=True)
 
 

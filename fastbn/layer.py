@@ -401,7 +401,7 @@ class BatchNorm:
         else:
             raise TypeError(f"{fn}: batches is of type {type(batches).__name__}, expected an iterable of arrays")
         _check.population(fn, pool.count, self.correction)
-        after = self._of(pool, mean, var)
+        after = self._statistics_of(pool, mean, var)
         # All or none: no call between, where Ctrl-C could come (see `update_running`).
         mean[...], var[...] = after
         self._pool = pool
@@ -527,6 +527,7 @@ class BatchNorm:
             pool = Moments(n, after["running_mean"].astype(np.float64), np.array(np.broadcast_to(m2, own), np.float64))
         if self.track_running_stats:
             self._writable(fn)
+        # What the layer has not is a scratch array here.
         gamma, beta, mean, var = (arrays.get(name, np.empty(own)) for name in self._names)
         values = [after.get(name, 0.0) for name in self._names]
         # All or none: no call between, where Ctrl-C could come (see `update_running`).
@@ -540,10 +541,7 @@ class BatchNorm:
             "center": self.beta is not None, "scale": self.gamma is not None,
             "track_running_stats": self.track_running_stats, "activation": self.activation, "dtype": self.dtype.name,
         }  # fmt: skip
-        usual = {
-            "axis": 1, "eps": 1e-5, "momentum": 0.9, "correction": 1, "center": True, "scale": True,
-            "track_running_stats": True, "activation": None, "dtype": "float32",
-        }  # fmt: skip
+        usual = dict(BatchNorm.__init__.__kwdefaults__ or {})
         name, shown = "BatchNorm", []
         if self._like is not None:
             name, shown = "BatchNorm.like", [repr(self._like)]
@@ -580,7 +578,7 @@ class BatchNorm:
     def _writable(self, fn: str) -> tuple[Array, Array]:
         """The running statistics, after every check that an update of them could fail."""
         if not self.track_running_stats:
-            self._running(fn)
+            self._running(fn)  # which raises, and says why
         if self.momentum is not None:
             _check.number(fn, "momentum", self.momentum, 0.0, 1.0)
         _check.correction(fn, self.correction)
@@ -594,7 +592,7 @@ class BatchNorm:
         """The running statistics and the pool after a batch; nothing is written."""
         if self.momentum is None:
             pool = self._pool + saved.moments
-            return self._of(pool, mean, var), pool
+            return self._statistics_of(pool, mean, var), pool
         m, momentum, correction = saved._shared_moments(), self.momentum, self.correction
         if self._like is not None:
             if CONVENTIONS[self._like].debias:
@@ -604,7 +602,7 @@ class BatchNorm:
                 correction = min(correction, m.count - 1)  # m / max(m - 1, 1)
         return both_moved(mean, var, m, momentum, correction), self._pool
 
-    def _of(self, pool: Moments, mean: Array, var: Array) -> tuple[Array, Array]:
+    def _statistics_of(self, pool: Moments, mean: Array, var: Array) -> tuple[Array, Array]:
         """The running statistics of a pool, in the dtypes of `mean` and `var`, which stay where it has none."""
         with np.errstate(all="ignore"):
             of = pool.mean.astype(mean.dtype), pool.var(self.correction).astype(var.dtype)

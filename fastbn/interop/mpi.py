@@ -419,7 +419,7 @@ class BatchNorm(layer.BatchNorm):
             pool = start + pool
         _check.population(fn, pool.count, self.correction)
         mean, var = kept
-        after = self._of(pool, mean, var)
+        after = self._statistics_of(pool, mean, var)
         mean[...], var[...] = after
         self._pool = pool
         return self

@@ -45,8 +45,8 @@ class Layout(NamedTuple):
         Values of each channel.
     size
         Elements in all.
-    whole, split
-        The tiles of a forward that takes the statistics of x or a backward through them, and of those where the
+    measured, given
+        The tiles of a forward that measures the statistics of x or a backward through them, and of those where the
         statistics are given.
     """
 
@@ -58,8 +58,8 @@ class Layout(NamedTuple):
     channels: int
     per_channel: int
     size: int
-    whole: Grid
-    split: Grid
+    measured: Grid
+    given: Grid
 
 
 def layout_of(x: Array, axes: Shape) -> Layout:
@@ -97,8 +97,8 @@ def layout(shape: Shape, strides: Shape, itemsize: int, axes: Shape, threads: in
         channels=channels,
         per_channel=outer * inner,
         size=size,
-        whole=fused_grid(*sides, itemsize, threads) or split,
-        split=split,
+        measured=fused_grid(*sides, itemsize, threads) or split,
+        given=split,
     )
 
 
@@ -238,6 +238,8 @@ def _writable(a: Array) -> Array:
 
 
 class _Alias:
+    """The memory of an array, said to be writable."""
+
     def __init__(self, base: Array) -> None:
         self.base = base
         interface = dict(base.__array_interface__)

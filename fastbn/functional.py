@@ -511,7 +511,7 @@ def _forward(
     weights: Weights | None = None, *, measure: bool, far: Array | None = None,
 ) -> None:  # fmt: skip
     """Run the forward kernel of this layout on flat arrays; what else it takes is explained in `kernels.forward`."""
-    grid = lay.whole if measure else lay.split
+    grid = lay.measured if measure else lay.given
     flat, step = (None, None) if weights is None else (weights.flat, weights.step)
     arguments = x, y, state, eps, count, measure or None, *grid.kind, True, grid.sizes, z, relu, flat, step
     if grid.runs:
@@ -556,7 +556,7 @@ def trained(
     weights = None if w is None else weights_of(w, x.shape, axes, lay)
     if weights is not None:
         _check.total_weights(fn, weights.totals)
-    bits = np.empty(lay.whole.words, np.uint16) if relu else None
+    bits = np.empty(lay.measured.words, np.uint16) if relu else None
     count = float(lay.per_channel) if weights is None else weights.totals
     target = Target(x, dtype, lay, out)
     if lay.size:
@@ -596,7 +596,7 @@ def gradients(fn: str, dy: npt.ArrayLike, saved: Saved, out: Array | None) -> tu
     residual = Target(x, dtype, lay, None) if saved._residual else None
     grads = np.zeros((2, lay.channels))
     if lay.size:
-        grid = lay.split if saved.frozen else lay.whole
+        grid = lay.given if saved.frozen else lay.measured
         kernel = kernels.backward.backward_runs if grid.runs else kernels.backward.backward_rows
         given = target.source(dy, lay, convert=True)
         run(
@@ -634,7 +634,7 @@ def frozen(
     if out is not None:
         reads = {"x": x, names[0]: mean, names[1]: var, "gamma": gamma, "beta": beta, "residual": z}
         _check.out(fn, out, x.shape, dtype, ("x", "residual"), reads)
-    bits = np.empty(lay.split.words, np.uint16) if relu and keep else None
+    bits = np.empty(lay.given.words, np.uint16) if relu and keep else None
     y = _inference(x, axes, lay, state, eps, z, (relu or None) if bits is None else bits, dtype, out) if write else x
     if not keep:
         return y, None
@@ -653,7 +653,7 @@ def _inference(
     if out is not None and lay.size and not kept and is_dense(x, lay) and not is_dense(np.asarray(out), lay):
         # In another order than x: where that has long runs, x is read in it, wherever it lies.
         other = layout_of(out, axes)
-        far = steps_in(x, axes, other) if other.split.runs and is_dense(np.asarray(out), other) else None
+        far = steps_in(x, axes, other) if other.given.runs and is_dense(np.asarray(out), other) else None
         if far is not None:
             target, part = Target(x, dtype, other, out), None if z is None else source(z, other, dtype)
             _forward(source(x, lay), target.flat, state, eps, 1.0, other, part, relu, measure=False, far=far)

@@ -452,9 +452,10 @@ def _moments(fn: str, x: Array, axes: tuple[int, ...], where: npt.ArrayLike | No
     count = float(lay.per_channel) if w is None else w.totals
     if lay.size:
         given = source(x, lay)
+        # Typed as a y would be: this runs the code that is compiled for `batch_norm_train`.
         no_y = given[:0] if _check.floating(x.dtype) else np.empty(0, np.float32)
         flat, step = (None, None) if w is None else (w.flat, w.step)
-        grid = lay.whole
+        grid = lay.measured
         arguments = given, no_y, stats, 0.0, count, True, *grid.kind, False, grid.sizes, None, None, flat, step
         if grid.runs:
             run(kernels.forward.forward_runs, lay.size, *arguments, None)

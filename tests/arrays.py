@@ -104,7 +104,7 @@ class Case:
     def grid(self, dtype):
         """(long runs?, fused?, parallel?) of a training forward."""
         x = self.lay(np.empty(self.shape, dtype))
-        whole = layout(x.shape, x.strides, x.itemsize, reference.channel_axes(x, self.axis), 2).whole
+        whole = layout(x.shape, x.strides, x.itemsize, reference.channel_axes(x, self.axis), 2).measured
         return whole.runs, whole.fused, x.size >= SERIAL_SIZE
 
 

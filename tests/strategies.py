@@ -139,16 +139,16 @@ class Problem(Case):
         """What of the kernels a training forward goes through, in words."""
         layouts, x = LAYOUTS[self.tiles], self.lay(np.empty(self.shape, self.dtype))
         lay = layouts.layout(x.shape, x.strides, x.itemsize, self.axes, self.threads)
-        name = f"{'runs' if lay.whole.runs else 'rows'} {'fused' if lay.whole.fused else 'split'}"
-        words = {name, name + (", many tiles" if lay.whole.tiles > 1 else ", one tile")}
+        name = f"{'runs' if lay.measured.runs else 'rows'} {'fused' if lay.measured.fused else 'split'}"
+        words = {name, name + (", many tiles" if lay.measured.tiles > 1 else ", one tile")}
         words |= set() if lay.keeps_order else {"channels brought together"}
-        if lay.whole.runs:
-            _, channels, inner, group, _ = map(int, lay.whole.sizes)
+        if lay.measured.runs:
+            _, channels, inner, group, _ = map(int, lay.measured.sizes)
             words |= {"groups"} if group > 1 else set()
             words |= {"a smaller last group"} if group > 1 and channels % group else set()
             words |= {"segments"} if not group and inner > SEGMENT else set()
         else:
-            total, width, channels, inner, blocks, _, panels, fused = map(int, lay.whole.sizes)
+            total, width, channels, inner, blocks, _, panels, fused = map(int, lay.measured.sizes)
             words |= {"folded"} if width > channels * inner else set()
             words |= {"a last row that is not full"} if total % width and not fused else set()
             words |= {"blocks"} if blocks > 1 else set()

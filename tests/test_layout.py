@@ -46,7 +46,7 @@ def test_the_canonical_view_holds_every_element_once(case):
     ordered = x.transpose(lay.order)
     assert lay.channel_shape == case.channels
     assert lay.channels * lay.per_channel == lay.size == x.size
-    inner = lay.whole.sizes[2 if lay.whole.runs else 3]
+    inner = lay.measured.sizes[2 if lay.measured.runs else 3]
     channel = np.arange(lay.channels).reshape(lay.channel_shape)
     expected = np.broadcast_to(reference.spread(channel, x, case.axis).astype(int), x.shape).transpose(lay.order)
     found = (np.arange(x.size) // inner % lay.channels).reshape(ordered.shape)

@@ -218,7 +218,7 @@ def grid_of(operation, name, channels, side, threads):
     shape = (BATCH, channels, side, side) if name == "NCHW" else (BATCH, side, side, channels)
     strides = np.empty(shape, "V4").strides
     lay = layout(shape, strides, 4, (AXES[name],), threads)
-    return {"train forward": lay.whole, "backward": lay.whole, "inference": lay.split}[operation]
+    return {"train forward": lay.measured, "backward": lay.measured, "inference": lay.given}[operation]
 
 
 def print_balance(markdown):

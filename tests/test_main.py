@@ -280,7 +280,7 @@ def test_as_a_script(monkeypatch, capsys):
     monkeypatch.delitem(sys.modules, "fastbn.__main__")
     with pytest.raises(SystemExit, match="2"):
         runpy.run_module("fastbn", run_name="__main__")
-    assert "--rounds must be at least 1" in capsys.readouterr().err
+    assert "--rounds is 0, expected at least 1" in capsys.readouterr().err
 
 
 def given_layers(parts=False):

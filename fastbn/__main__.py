@@ -58,12 +58,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"compiled for {', '.join(options.dtypes)}{also} in {time.perf_counter() - start:.1f} s")
         print(f"cache folder: {config()['cache folder']}")
         return 0
-    return _table(options)
-
-
-def _table(options: argparse.Namespace) -> int:
-    start = time.perf_counter()
     peers = [] if options.no_peers else _peers.present(get_num_threads())
+    layers, images = _measured_layers(options, peers)
+    _print_tables(options, layers, images, peers)
+    _print_legend(options, layers, peers)
+    worst = np.max([e for layer in (*layers, *images) for e in layer.errors.values()])  # NaN if one is
+    right = worst <= TOLERANCE
+    took = time.perf_counter() - start
+    print(f"results {'right' if right else 'WRONG'}: largest error {worst:.1e}; took {took:.0f} s")
+    if options.plot:
+        _plot.save(layers, [p.name for p in peers], options.plot)
+    return 0 if right else 1
+
+
+def _measured_layers(options: argparse.Namespace, peers: list[Peer]) -> tuple[list[Layer], list[Layer]]:
+    """The layers of ResNet-50, and the images if there are to be any."""
     _progress("compiling (the first time on a machine takes a minute at most)")
     images = [] if options.no_parts else [_measure.measure_images(options.rounds)]
     layers: list[Layer] = []
@@ -72,6 +81,10 @@ def _table(options: argparse.Namespace) -> int:
         _progress(f"layer {len(layers) + 1} of {len(RESNET50)}: ({BATCH}, {channels}, {side}, {side})")
         layers.append(next(measuring))
     _progress("")
+    return layers, images
+
+
+def _print_tables(options: argparse.Namespace, layers: list[Layer], images: list[Layer], peers: list[Peer]) -> None:
     show = _markdown if options.markdown else _plain
     print(f"fastbn {__version__}: ResNet-50's 53 batch-norm layers, batch {BATCH}, float32, out= given")
     print(_environment(peers))
@@ -87,6 +100,10 @@ def _table(options: argparse.Namespace) -> int:
     print()
     show(*_per_layer(layers))
     print()
+
+
+def _print_legend(options: argparse.Namespace, layers: list[Layer], peers: list[Peer]) -> None:
+    """What the words in the tables mean."""
     copy = table_sum(layers, "copy")
     sums = ", ".join(f"{name} {table_sum(layers, name) / copy:.2f}" for name in YARDSTICKS)
     print(f"ratio = time / limit. limit: what memory allows (in units of copy: {sums}).")
@@ -101,18 +118,9 @@ def _table(options: argparse.Namespace) -> int:
         print(f"uint8: NHWC images {_measure.IMAGES}, to float32 in the layout named; limit: a copy of as many floats.")
     if peers:
         given, fresh = (", ".join(p.name for p in peers if p.fresh == f) or "none" for f in (False, True))
-        print(
-            "times a peer: its time over fastbn's with out=, the threads allowed are the same; -: it has no such call."
-        )
+        over = "its time over fastbn's with out=, the threads allowed are the same"
+        print(f"times a peer: {over}; -: it has no such call.")
         print(f"Into given arrays: {given}. With fresh outputs, as their users get them: {fresh}.")
-    worst = np.max([e for layer in (*layers, *images) for e in layer.errors.values()])  # NaN if one is
-    right = worst <= TOLERANCE
-    print(
-        f"results {'right' if right else 'WRONG'}: largest error {worst:.1e}; took {time.perf_counter() - start:.0f} s"
-    )
-    if options.plot:
-        _plot.save(layers, [p.name for p in peers], options.plot)
-    return 0 if right else 1
 
 
 def _rows(

@@ -44,7 +44,7 @@ from .leaves import (
 
 # Typed: for a literal in their place Numba would compile the called function once more.
 ZERO, ONE = np.intp(0), np.intp(1)
-YES, NO = np.bool_(True), np.bool_(False)
+YES, NO = map(np.bool_, (True, False))
 
 # What a parallel region does with each of its tiles: all of it; or its sums, and in a second region the rest.
 FUSED, SUMS, WRITE = np.intp(0), np.intp(1), np.intp(2)

@@ -213,7 +213,7 @@ print(f"loss {loss:.2f}; that of blind guessing is {np.log(10):.2f}")
 #
 # The last two terms are what makes batch norm different from a factor and a shift.
 # Every sample of the batch has a part in the mean and in the variance, and so in every
-# y. (:doc:`/explanation/algorithm` has all terms.)
+# y. (:doc:`/explanation/gradients` derives every term.)
 
 # %%
 # Is the gradient right?

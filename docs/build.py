@@ -30,6 +30,7 @@ class Page(HTMLParser):
             self.loads.append(attrs.get("href"))
         if tag in ("script", "img", "iframe", "source", "video"):
             self.loads += [attrs["src"]] if attrs.get("src") else []
+            self.loads += [part.split()[0] for part in (attrs.get("srcset") or "").split(",") if part.strip()]
 
 
 def faults(out):

@@ -2,7 +2,7 @@
 
 import re
 import tomllib
-from importlib.util import find_spec
+from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
 
 import pytest
@@ -102,3 +102,32 @@ def test_a_kernel_is_stepped_through_as_the_page_says(tmp_path):
     printed = run_python(*arguments, *given, "normalize.py", cwd=tmp_path, NUMBA_DISABLE_JIT="1")
     for answer in answers:
         assert answer in printed
+
+
+# -------------------------------------------------------------------------------------------------- how they are built
+
+
+def test_a_link_that_leads_nowhere_is_seen(tmp_path):
+    """By docs/build.py, in pages that are built."""
+    spec = spec_from_file_location("build", DOCS / "build.py")
+    build = module_from_spec(spec)
+    spec.loader.exec_module(build)
+    (tmp_path / "a b.png").touch()
+    (tmp_path / "other.html").write_text('<h1 id="title">')
+    page = tmp_path / "page.html"
+    page.write_text(
+        '<a name="here"><a href="#here"><a href="other.html#title"><a href="https://example.org">'
+        '<img src="a%20b.png" srcset="a%20b.png, a%20b.png 2.00x"><img src="data:image/png;base64,">'
+    )
+    assert list(build.faults(tmp_path)) == []
+    page.write_text(
+        '<a href="#there"><a href="other.html#text"><a href="gone.html">'
+        '<script src="https://example.org/x.js"></script><img src="a%20b.png" srcset="c.png 2.00x">'
+    )
+    assert list(build.faults(tmp_path)) == [
+        "page.html has #there, and that page no such place",
+        "page.html has other.html#text, and that page no such place",
+        "page.html has no gone.html",
+        "page.html loads https://example.org/x.js",
+        "page.html has no c.png",
+    ]

@@ -79,7 +79,7 @@ def test_fused_runs(array, expected):
         assert grid is None
         return
     group, tiles = expected
-    assert (grid.runs, grid.fused, grid.tiles) == (True, True, tiles)
+    assert (grid.runs, grid.kind, grid.tiles) == (True, (True, None), tiles)
     assert grid.sizes.tolist() == [outer, channels, inner, group, tiles]
     assert grid.sizes.dtype == np.int64
 
@@ -117,7 +117,7 @@ def test_fused_rows(array, expected):
             continue
         panel, panels = expected
         tiles = min(panels, threads)
-        assert (grid.runs, grid.fused, grid.tiles) == (False, True, tiles)
+        assert (grid.runs, grid.kind, grid.tiles) == (False, (True, None), tiles)
         row = channels * inner
         assert grid.sizes.tolist() == [outer * row, row, channels, inner, 1, panel, panels, tiles]
         assert grid.sizes.dtype == np.int64
@@ -144,7 +144,7 @@ SPLIT_RUNS = [
 def test_split_runs(array, tiles):
     outer, channels, inner, _ = array
     grid = split_grid(*array)
-    assert (grid.runs, grid.fused, grid.tiles) == (True, False, tiles)
+    assert (grid.runs, grid.kind, grid.tiles) == (True, (None, True), tiles)
     assert grid.sizes.tolist() == [outer, channels, inner, 0, tiles]
     assert grid.sizes.dtype == np.int64
 
@@ -182,7 +182,7 @@ def test_split_rows(array, expected):
     fold, panel, blocks = expected
     grid = split_grid(*array)
     panels = -(-channels // panel)
-    assert (grid.runs, grid.fused, grid.tiles) == (False, False, blocks * panels)
+    assert (grid.runs, grid.kind, grid.tiles) == (False, (None, True), blocks * panels)
     row = channels * inner
     assert grid.sizes.tolist() == [outer * row, row * fold, channels, inner, blocks, panel, panels, 0]
     assert grid.sizes.dtype == np.int64

@@ -294,6 +294,11 @@ MESSAGES = [
     (lambda: fold_conv(K, None, layer(), groups=3, transposed=True, layout="HWIO"),
      "fold_conv: weight has shape (3, 1, 2, 2), layout='HWIO': 2 outputs, expected 1, the 3 channels of bn / groups=3; "
      "layout='OIHW' has them"),
+    (lambda: fold_conv(np.ones((2, 2, 1, 3)), None, layer()),
+     "fold_conv: weight has shape (2, 2, 1, 3), layout='OIHW': 2 outputs, expected 3, the 3 channels of bn; "
+     "layout='HWIO' has them"),
+    (lambda: fold_conv(np.ones((5, 1, 2, 2)), None, layer()),
+     "fold_conv: weight has shape (5, 1, 2, 2), layout='OIHW': 5 outputs, expected 3, the 3 channels of bn"),
     (lambda: fold_conv(np.ones((4, 1, 2, 2)), None, layer(), groups=3, transposed=True),
      "fold_conv: weight has shape (4, 1, 2, 2), layout='OIHW': 4 inputs, expected a multiple of groups=3"),
     (lambda: fold_conv(K.astype("int8"), None, layer()),

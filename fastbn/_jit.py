@@ -165,7 +165,7 @@ class _Cache(NullCache):  # type: ignore[misc]
 
     def save_overload(self, signature: Any, result: Any) -> None:
         """Store a compiled kernel in the first folder that takes it."""
-        if result.library.has_dynamic_globals:  # pointers, which another process cannot follow
+        if result.library.has_dynamic_globals:  # addresses, which hold in this run alone
             return
         with contextlib.suppress(Exception):
             data = dumps(result._reduce())
